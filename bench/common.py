@@ -1,0 +1,83 @@
+"What the benchmarks share: data, learners, exact values, the stack-and-concatenate baseline and a table printer."
+import argparse, os, warnings
+from pathlib import Path
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+import numpy as np, pandas as pd, torch
+from fastai.basics import *
+from fastai.callback.all import *
+from fastai_bs_finder.all import *
+from fastai_bs_finder.stats import noise_and_scale
+
+DATA = Path(__file__).resolve().parents[2]/'shared'/'data'
+
+def parser(doc, **defaults):
+    "Argument parser with `--data` and one integer option per keyword"
+    p = argparse.ArgumentParser(description=doc)
+    p.add_argument('--data', type=Path, default=DATA, help='folder with mnist.npz, adult.csv and republic.txt (default: %(default)s)')
+    for k,v in defaults.items(): p.add_argument(f'--{k}', type=type(v), default=v, help='default: %(default)s')
+    return p
+
+def need(path):
+    "`path`, or a clear end if it is not there"
+    if not path.exists(): raise SystemExit(f"{path} not found: pass the folder that has it with --data")
+    return path
+
+def table(rows, index=None):
+    "Print a list of dicts as a Markdown table"
+    df = pd.DataFrame(rows)
+    cols = list(df.columns)
+    print('| ' + ' | '.join(cols) + ' |')
+    print('|' + '---|'*len(cols))
+    for r in df.itertuples(index=False): print('| ' + ' | '.join(f'{o:,.3g}' if isinstance(o,float) and abs(o)<1000 else f'{o:,.0f}' if isinstance(o,float) else str(o) for o in r) + ' |')
+    print(flush=True)
+
+def mnist_tensors(path, n=None):
+    "Normalised images and labels of MNIST's training set"
+    d = np.load(need(path/'mnist.npz'))
+    x,y = torch.tensor(d['x_train'][:n]), torch.tensor(d['y_train'][:n]).long()
+    return x.float().div(255).sub(.1307).div(.3081)[:,None], y
+
+def image_learner(x, y, model, bs=64, **kwargs):
+    "Learner on tensors of images, without a word of validation"
+    ds = list(zip(x, y))
+    dls = DataLoaders.from_dsets(ds, ds[:bs], bs=bs, num_workers=0, shuffle=True, drop_last=True, device='cpu')
+    return Learner(dls, model, CrossEntropyLossFlat(), **kwargs)
+
+def small_convnet():
+    "5,000 parameters, no batch norm: its per-example gradients can be computed exactly"
+    return nn.Sequential(nn.Conv2d(1,8,5,stride=2,padding=2), nn.ReLU(), nn.Conv2d(8,16,3,stride=2,padding=1), nn.ReLU(),
+        nn.Conv2d(16,16,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256,10))
+
+def exact_noise_and_scale(model, x, y, chunk=1000):
+    "`noise` and `scale` of all items, from the gradient of each (`torch.func`), in float64"
+    from torch.func import functional_call, grad, vmap
+    params = {k:v.detach() for k,v in model.named_parameters()}
+    def loss(params, x, y): return F.cross_entropy(functional_call(model, params, (x[None],)), y[None])
+    total,squares = 0.,0.
+    for xc,yc in zip(x.split(chunk), y.split(chunk)):
+        g = torch.cat([o.flatten(1) for o in vmap(grad(loss), (None,0,0))(params, xc, yc).values()], 1).double()
+        total,squares = total+g.sum(0), squares+g.square().sum().item()
+    n,mean_sq = len(x),(total/len(x)).square().sum().item()
+    noise = (squares/n - mean_sq)*n/(n-1)
+    return noise, mean_sq - noise/n # what chance alone adds to the mean gradient of n items is not signal
+
+class StackFinder(Callback):
+    "The baseline: keep the flat gradients of `n_batch` batches, stack them, take the mean (as both public fastai finders do)"
+    order = MixedPrecision.order-4
+    def __init__(self, num_it, n_batch=20, beta=0.99):
+        self.num_it,self.n_batch,self.beta = num_it,n_batch,beta
+    def before_fit(self): self.stored,self.noise_avg,self.scale_avg,self.stats = [],MovingAverage(self.beta),MovingAverage(self.beta),[]
+    def before_step(self):
+        self.stored.append(torch.cat([p.grad.flatten().view(-1,1) for p in self.model.parameters() if p.grad is not None]))
+        if len(self.stored) < self.n_batch:
+            self.opt.zero_grad()
+            raise CancelBatchException()
+        grads = torch.cat(self.stored, dim=1)
+        self.stored.clear()
+        small,big,bs = (grads**2).sum(0).mean(), (grads.mean(1)**2).sum(), find_bs(self.yb)
+        noise,scale = noise_and_scale(small.item(), big.item(), bs, bs*self.n_batch)
+        self.stats.append((self.noise_avg.update(noise), self.scale_avg.update(scale)))
+    def after_batch(self):
+        if self.train_iter+1 >= self.num_it: raise CancelFitException()
+    def before_validate(self): raise CancelValidException()
