@@ -62,11 +62,19 @@ def exact_noise_and_scale(model, x, y, chunk=1000):
     noise = (squares/n - mean_sq)*n/(n-1)
     return noise, mean_sq - noise/n # what chance alone adds to the mean gradient of n items is not signal
 
-class StackFinder(Callback):
+class StopAfter(Callback):
+    "End the fit after `num_it` batches, without validation"
+    def __init__(self, num_it): self.num_it = num_it
+    def after_batch(self):
+        if self.train_iter >= self.num_it: raise CancelFitException()
+    def before_validate(self): raise CancelValidException()
+
+class StackFinder(StopAfter):
     "The baseline: keep the flat gradients of `n_batch` batches, stack them, take the mean (as both public fastai finders do)"
     order = MixedPrecision.order-4
     def __init__(self, num_it, n_batch=20, beta=0.99):
-        self.num_it,self.n_batch,self.beta = num_it,n_batch,beta
+        super().__init__(num_it)
+        self.n_batch,self.beta = n_batch,beta
     def before_fit(self): self.stored,self.noise_avg,self.scale_avg,self.stats = [],MovingAverage(self.beta),MovingAverage(self.beta),[]
     def before_step(self):
         self.stored.append(torch.cat([p.grad.flatten().view(-1,1) for p in self.model.parameters() if p.grad is not None]))
@@ -78,6 +86,3 @@ class StackFinder(Callback):
         small,big,bs = (grads**2).sum(0).mean(), (grads.mean(1)**2).sum(), find_bs(self.yb)
         noise,scale = noise_and_scale(small.item(), big.item(), bs, bs*self.n_batch)
         self.stats.append((self.noise_avg.update(noise), self.scale_avg.update(scale)))
-    def after_batch(self):
-        if self.train_iter+1 >= self.num_it: raise CancelFitException()
-    def before_validate(self): raise CancelValidException()

@@ -17,18 +17,13 @@ def one(method, batches, n_batch):
     "Seconds, peak memory and bytes of the saved copy, for one run of `method` in this process"
     learn = learner()
     n_epoch = math.ceil(batches/len(learn.dls.train))
-    class Stop(Callback):
-        def after_batch(self):
-            if self.train_iter+1 >= batches: raise CancelFitException()
-        def before_validate(self): raise CancelValidException()
     learn.remove_cb(ProgressCallback)
-    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[c for c in [Stop()]]) if False else None
     x,y = learn.dls.one_batch()
     learn.loss_func(learn.model(x), y).backward() # warm up the kernels
     learn.model.zero_grad()
     start = time.perf_counter()
     with learn.no_logging():
-        if method=='plain':   learn.fit(n_epoch, 1e-3, cbs=Stop())
+        if method=='plain':   learn.fit(n_epoch, 1e-3, cbs=StopAfter(batches))
         elif method=='stack': learn.fit(n_epoch, 1e-3, cbs=StackFinder(batches, n_batch))
         else: learn.bs_find(1e-3, num_it=batches, n_batch=n_batch, method=method, show_plot=False)
     seconds = time.perf_counter()-start

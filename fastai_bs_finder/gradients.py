@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_gradients.ipynb #e292b2d2
+# %% ../nbs/01_gradients.ipynb #1db61266
 def sq_norm(
     tensors # Iterable of tensors, of any dtype and on any device
 )->Tensor: # Their squared length, a float32 scalar (float64 for float64 tensors) on the device of the first
     "Sum of squares over all `tensors`"
+    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norms = [torch.linalg.vector_norm(t, dtype=torch.float64 if t.dtype==torch.float64 else torch.float32) for t in tensors]
     return torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from fastai.learner import Recorder
 from .stats import noise_scale
 
-# %% ../nbs/02_recorder.ipynb #174150af
+# %% ../nbs/02_recorder.ipynb #9546ff61
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
@@ -27,7 +27,7 @@ class BSRecorder(Recorder):
         if rec is None: learn.add_cb(cls())
         elif not isinstance(rec, cls):
             old = type(rec)
-            rec.__class__ = cls if old is Recorder else type(cls.__name__, (cls,old), {})
+            object.__setattr__(rec, '__class__', cls if old is Recorder else type(cls.__name__, (cls,old), {}))
         return learn.recorder
 
     def start_search(self,

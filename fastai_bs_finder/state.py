@@ -47,14 +47,15 @@ def deep_copier(
         except Exception: return v
     return lambda d: {k: _copy(v) for k,v in d.items()}
 
-# %% ../nbs/03_state.ipynb #f99dc184
+# %% ../nbs/03_state.ipynb #87812dfd
 def copy_tree(v):
     "Copy of nested dictionaries, lists, sets and `L`s; everything else is shared"
     if isinstance(v, dict):
         res = copy(v)
         for k in res: res[k] = copy_tree(res[k])
         return res
-    if isinstance(v, (list,L)):
+    if isinstance(v, L): return L([copy_tree(o) for o in v])
+    if isinstance(v, list):
         res = copy(v)
         res[:] = [copy_tree(o) for o in v]
         return res
@@ -68,7 +69,14 @@ def tree_tensors(v):
     elif isinstance(v, (list,tuple,L)):
         for o in v: yield from tree_tensors(o)
 
-# %% ../nbs/03_state.ipynb #1890cccc
+# %% ../nbs/03_state.ipynb #a2dcc0a4
+def _fill(t, content):
+    "Copy `content` into `t`; where `t` is expanded, many elements share a place in memory, which is written once"
+    if t.layout==torch.strided:
+        once = tuple(slice(1 if st==0 and n>1 else None) for n,st in zip(t.shape, t.stride()))
+        t,content = t[once],content[once]
+    t.copy_(content)
+
 @contextmanager
 def saved_tensors(
     tensors # Iterable of tensors; repeated ones are saved once
@@ -80,7 +88,7 @@ def saved_tensors(
     finally:
         with torch.no_grad():
             for t,data,content,rg in saved:
-                data.copy_(content)
+                _fill(data, content)
                 if t.data_ptr() != data.data_ptr() or t.device != data.device: t.data = data
                 if rg is not None and t.requires_grad != rg: t.requires_grad_(rg)
 
@@ -109,7 +117,7 @@ def saved_random_state():
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         if mps is not None: torch.mps.set_rng_state(mps)
 
-# %% ../nbs/03_state.ipynb #13ba22e9
+# %% ../nbs/03_state.ipynb #8ba79fbd
 _shaping = 'before_train before_batch after_pred after_loss before_backward after_backward before_step'.split()
 _wrappers = 'ParallelTrainer','ChannelsLast'
 _watchers = tuple(f'fastai.callback.{o}' for o in 'azureml captum comet neptune tensorboard tracker wandb'.split())
@@ -118,12 +126,12 @@ def takes_part(
     cb:Callback # A callback of the learner
 )->bool:
     "Does `cb` change what is trained, so that a mock training needs it?"
-    if isinstance(cb, (Recorder,ParamScheduler,GradientAccumulation)): return False
+    if isinstance(cb, (Recorder,ProgressCallback,ParamScheduler,GradientAccumulation)): return False
     types = type(cb).__mro__
     if any(t.__module__.startswith(_watchers) for t in types): return False
     return any(hasattr(cb, o) for o in _shaping) or any(t.__name__ in _wrappers for t in types)
 
-# %% ../nbs/03_state.ipynb #decab040
+# %% ../nbs/03_state.ipynb #abf4de1e
 def _optimizers(learn):
     "The learner's optimizer, those that it wraps, and an optimizer given ready-made as `opt_func`"
     todo,res = [learn.opt, learn.opt_func],[]
@@ -162,13 +170,14 @@ def preserve(
         stack.enter_context(saved_random_state())
         stack.enter_context(saved_grads(params))
         stack.enter_context(saved_tensors(tensors))
-        for m in mods: stack.enter_context(stand_in(m, lambda d: {k: copy_tree(v) for k,v in d.items()}))
+        deep = deep_copier(keep)
+        for o in (*mods, *loaders, *cbs): stack.enter_context(stand_in(o, deep))
         for o in opts: stack.enter_context(stand_in(o, copy_tree))
-        for o in (*loaders, *cbs): stack.enter_context(stand_in(o, deep_copier(keep)))
+        for dl in loaders: # PyTorch's loaders may keep worker processes, whose state is out of reach: the mock training has its own
+            if vars(dl).get('_iterator') is not None: vars(dl)['_iterator'] = None
         stack.enter_context(stand_in(learn.dls, copy_tree))
         stack.enter_context(stand_in(learn))
         learn.cbs = L(cbs)
-        learn.__dict__.pop('smooth_loss', None) # or the progress bar would fetch it from the device for every batch
         try: yield learn
         except BaseException:
             _leave_autocast(cbs, autocast)

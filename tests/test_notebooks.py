@@ -1,5 +1,5 @@
 "The notebooks are the source: the modules are what they export, and they are clean."
-import shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -22,3 +22,11 @@ def test_nothing_left_to_do(tree, command):
     after = contents(tree)
     changed = sorted(f for f in before|after if before.get(f) != after.get(f))
     assert not changed, f"run nbdev-{command} and commit: {changed}"
+
+def test_outputs_show_the_page_and_not_the_machine():
+    "Kept outputs have no warning of somebody's library, no path of somebody's machine and no progress bar"
+    for nb in (root/'nbs').rglob('*.ipynb'):
+        for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
+            for o in c.get('outputs', []):
+                assert o.get('name') != 'stderr', (nb.name, o)
+                assert not re.search(r'site-packages|[ /]tmp/|/home/|---| [0-9.]+% ', ''.join(o.get('text', ''))), (nb.name, o)

@@ -1,0 +1,33 @@
+"The same on a GPU, where there is one."
+from conftest import *
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
+
+@pytest.mark.parametrize('half', [False,True])
+def test_leaves_no_trace_on_the_gpu(tmp_path, half):
+    "Weights, optimizer and CUDA's random state are as before, and the search did its work there"
+    learn = make_learner(tmp_path)
+    learn.dls.to('cuda')
+    if half: learn.to_fp16()
+    with learn.no_logging(): learn.fit(1)
+    weights,state = [p.clone() for p in learn.model.parameters()], deepcopy(learn.opt.state_dict())
+    rng = torch.cuda.get_rng_state()
+    learn.bs_find(1e-3, num_it=80, show_plot=False)
+    assert torch.equal(rng, torch.cuda.get_rng_state())
+    assert all(p.is_cuda and torch.equal(p, w) for p,w in zip(learn.model.parameters(), weights))
+    assert all(torch.equal(o[k], s[k]) for o,s in zip(learn.opt.state_dict()['state'], state['state']) for k in s if isinstance(s[k], Tensor))
+    assert learn.recorder.noise_scale and all(o > 0 for o in learn.recorder.noise_scale)
+
+def test_no_wait_between_measurements(tmp_path):
+    "Nothing asks the device for a number before a window is complete"
+    learn = make_learner(tmp_path)
+    learn.dls.to('cuda')
+    class Watch(Callback):
+        order = 1000
+        def before_batch(self): torch.cuda.set_sync_debug_mode('error')
+        def before_step(self): torch.cuda.set_sync_debug_mode('default' if (self.train_iter+1)%20==0 else 'error')
+        def after_batch(self): torch.cuda.set_sync_debug_mode('default')
+    learn.add_cb(Watch())
+    try: learn.bs_find(1e-3, num_it=60, show_plot=False)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert len(learn.recorder.noise_scale)==3

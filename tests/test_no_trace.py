@@ -1,0 +1,532 @@
+"Whatever happens in `bs_find`, the learner, the random states and the disk are afterwards as they were before."
+import subprocess, sys
+from collections import deque
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from fastai.tabular.all import CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
+from fastai.text.data import LMDataLoader
+from conftest import *
+# --- a learner as a flat dictionary of comparable values
+
+class Same:
+    "Equal to itself only; keeps the object alive, so that its id is not given away"
+    def __init__(self, o): self.o = o
+    def __eq__(self, other): return isinstance(other, Same) and self.o is other.o
+    def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
+
+_measured = 'noise','scale','noise_scale','n_iter','n_items'
+_leaves = type,FunctionType,BuiltinFunctionType,MethodType,ModuleType,str,bytes,int,float,complex,bool,type(None),Path,torch.device,torch.dtype
+
+def walk(v, path, res):
+    "Put all that is reachable from `v` in `res`: contents by value, objects by identity too"
+    if isinstance(v, _leaves): res[path] = repr(v) if isinstance(v, float) else v; return
+    if id(v) in res['seen']: res[path] = Same(v); return
+    res['seen'][id(v)],res[path] = v,Same(v)
+    if isinstance(v, Tensor):
+        res[path+'.tensor'] = v.dtype,v.device,v.shape,v.stride(),v.requires_grad,v.data_ptr(),bool(v._backward_hooks),v.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        if v.is_leaf: walk(v.grad, path+'.grad', res)
+    elif isinstance(v, np.ndarray): res[path+'.array'] = v.dtype,v.shape,v.tobytes()
+    elif isinstance(v, random.Random): res[path+'.rng'] = v.getstate()
+    elif isinstance(v, torch.Generator): res[path+'.rng'] = v.get_state().numpy().tobytes()
+    elif isinstance(v, dict):
+        res[path+'.keys'] = [k if isinstance(k, _leaves) else Same(k) for k in v]
+        for i,(k,o) in enumerate(v.items()): walk(o, f'{path}[{k if isinstance(k, (str,int)) else i}]', res)
+    elif isinstance(v, np.random.RandomState): res[path+'.rng'] = repr(v.get_state(legacy=False))
+    elif isinstance(v, (list,tuple,L,deque)):
+        res[path+'.len'] = len(v)
+        for i,o in enumerate(v): walk(o, f'{path}[{i}]', res)
+    elif isinstance(v, (set,frozenset)): res[path+'.set'] = frozenset(v)
+    elif hasattr(v, '__dict__'):
+        d = {k: o for k,o in object.__getattribute__(v, '__dict__').items() if not (isinstance(v, Recorder) and k in _measured)}
+        res[path+'.keys'] = list(d)
+        for k,o in d.items(): walk(o, f'{path}.{k}', res)
+
+def disk(path): return {o: (o.stat().st_mtime_ns, o.read_bytes() if o.is_file() else None) for o in sorted(Path(path).rglob('*'))}
+
+def snapshot(learn, *more):
+    "All of `learn` (and of `more`), the random states and the disk; not what `bs_find` is there to leave in the recorder"
+    res = dict(seen={})
+    walk(learn, 'learn', res)
+    for i,o in enumerate(more): walk(o, f'more{i}', res)
+    res.update(py=random.getstate(), np=repr(np.random.get_state(legacy=False)), torch=torch.get_rng_state().numpy().tobytes(), grad=torch.is_grad_enabled(),
+               autocast=torch.is_autocast_enabled('cpu'), disk=disk(learn.path), cwd=os.getcwd())
+    return res
+
+def changes(before, after): return sorted(k for k in before|after if k != 'seen' and (k not in before or k not in after or before[k] != after[k]))
+
+def assert_untouched(learn, before, *more): assert not (c := changes(before, snapshot(learn, *more))), c
+
+# --- bit for bit
+
+class Noise(ItemTransform):
+    "Augment with all the random generators, in the workers too"
+    def encodes(self, o): return o[0] + .01*(torch.randn(1,8,8) + random.random() + np.random.rand()), o[1]
+
+class Losses(Callback):
+    "The loss of every batch of training and validation, unsmoothed"
+    def before_fit(self): self.all = []
+    def after_batch(self): self.all.append(self.learn.loss.detach().clone())
+
+opts = dict(sgd=partial(SGD, mom=.9), adam=Adam, adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+tmp = tempfile.TemporaryDirectory()
+
+def fresh(opt='adam', workers=0, path=None, **kwargs):
+    "A learner with 22 small batches an epoch, of augmented items"
+    path = path or tempfile.mkdtemp(dir=tmp.name)
+    learn = make_learner(path, opt_func=opts[opt], **kwargs)
+    ds = learn.dls.train.dataset
+    learn.dls = DataLoaders.from_dsets(ds[:360], ds[360:424], bs=16, num_workers=workers, shuffle=True, drop_last=True, device='cpu', path=path, after_item=[Noise()])
+    return learn
+
+def halves(m): return [params(m[:2]), params(m[2:])]
+
+def find_lr(learn): return learn.lr_find(num_it=20, show_plot=False)
+def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False) | kwargs)
+
+def train(learn, n=1):
+    "Train and return all that came of it"
+    losses = Losses()
+    with learn.no_logging(): learn.fit_one_cycle(n, 1e-2, cbs=losses)
+    return dict(losses=torch.stack(losses.all), weights=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), lrs=learn.recorder.lrs,
+        smooth=torch.stack(learn.recorder.losses), values=[list(o) for o in learn.recorder.values], iters=learn.recorder.iters,
+        rand=(random.random(), np.random.rand(), torch.rand(1)), idxs=learn.dls.train.get_idxs(), grads=[p.requires_grad for p in learn.model.parameters()])
+
+def same(a, b):
+    if isinstance(a, Tensor): return a.dtype==b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return list(a)==list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple,L)): return len(a)==len(b) and all(map(same, a, b))
+    return a==b
+
+def assert_same(a, b): assert not (d := [k for k in a if not same(a[k], b[k])]), d
+
+def assert_no_trace(make, search=find_bs):
+    "Two learners from one seed, one of which searches, train the same"
+    def run(search):
+        learn = make()
+        search(learn)
+        return train(learn)
+    assert_same(run(noop), run(search))
+
+@cache
+def reference(opt, workers, lr_find):
+    "The training without `bs_find`"
+    learn = fresh(opt, workers)
+    lr = find_lr(learn) if lr_find else None
+    return train(learn, 2), lr
+
+@pytest.mark.parametrize('lr_find', [None,'before','after'])
+@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('opt', ['sgd','adam'])
+def test_training_is_the_same_bit_for_bit(opt, workers, lr_find):
+    "The proof: training that follows does not know that `bs_find` took place; in both orders with `lr_find`"
+    expected,lr = reference(opt, workers, bool(lr_find))
+    learn = fresh(opt, workers)
+    if lr_find=='before': assert find_lr(learn)==lr
+    assert find_bs(learn) is not None
+    if lr_find=='after': assert find_lr(learn)==lr
+    assert_same(expected, train(learn, 2))
+
+@pytest.mark.parametrize('opt,kwargs', [('adam', dict(method='sequential')), ('sgd', dict(method='sequential')), ('adam', dict(bs=40)), ('sgd', dict(bs=7)),
+    ('adam', dict(lr=10.)), ('adam', dict(lr=slice(1e-4,1e-2), wd=.3)), ('adam', dict(show_plot=True)), ('adam', dict(suggest_funcs=None))], ids=str)
+def test_training_is_the_same_with_every_option(opt, kwargs):
+    "Also for the other method, another batch size, a learning rate that destroys the weights, a plot"
+    assert_no_trace(partial(fresh, opt), partial(find_bs, **kwargs))
+
+def test_a_search_changes_what_the_proof_looks_at():
+    "The proof is worth something only if a mock training that is not undone shows in it"
+    expected = reference('adam', 0, False)[0]
+    learn = fresh()
+    learn.fit(1, 1e-2, cbs=BSFinder(num_it=20, n_batch=10))
+    got = train(learn, 2)
+    assert not any(same(got[k], expected[k]) for k in ('losses','weights','opt','smooth','values','rand','idxs'))
+
+def prepared(how, opt):
+    learn = fresh(opt, splitter=halves) if how!='fitted' else fresh(opt)
+    if how=='fitted': learn.fit(1, 1e-2)
+    if how=='frozen': learn.freeze()
+    if how=='unfrozen':
+        learn.freeze()
+        learn.fit_one_cycle(1, slice(1e-3,1e-2))
+        learn.unfreeze()
+    return learn
+
+@pytest.mark.parametrize('how,opt', [('fitted','sgd'), ('fitted','adam'), ('frozen','sgd'), ('frozen','adam'), ('unfrozen','adam'), ('fitted','adamw'), ('frozen','adamw')])
+def test_training_goes_on_the_same_bit_for_bit(how, opt):
+    "Also in mid-training: momenta, frozen groups and their hyper-parameters, a wrapped PyTorch optimizer"
+    assert_no_trace(partial(prepared, how, opt))
+
+def test_unwrapped_optimizer_is_the_same():
+    "An `OptimWrapper` given ready-made as `opt_func` is the learner's property too"
+    def learner():
+        learn = fresh()
+        learn.opt_func = OptimWrapper(opt=torch.optim.AdamW(learn.model.parameters()))
+        return learn
+    learn = learner()
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+    assert_no_trace(learner)
+
+def test_no_schedule_and_no_callback_of_bs_find_stays():
+    "A second search finds the same as the first: nothing accumulates"
+    learn = fresh()
+    assert find_bs(learn) == find_bs(learn)
+    first = learn.recorder.bs_find_stats
+    find_bs(learn)
+    assert first.equals(learn.recorder.bs_find_stats) and len(first)==3
+
+# --- field by field
+
+def on_call(k, exc):
+    "A function that raises `exc` when called the `k`th time; its state is out of sight"
+    n = [0]
+    def f(*args):
+        n[0] += 1
+        if n[0]==k: raise exc
+    return f
+
+def raise_in_forward(k, exc):
+    def inject(learn): learn.model.register_forward_pre_hook(on_call(k, exc))
+    return inject
+
+def raise_in_loss(k, exc):
+    def inject(learn):
+        f,old = on_call(k, exc),learn.loss_func
+        def loss(*args): f(); return old(*args)
+        learn.loss_func = loss
+    return inject
+
+def raise_in_backward(k, exc):
+    def inject(learn): learn.model[-1].register_full_backward_hook(on_call(k, exc))
+    return inject
+
+def raise_in_data(k, exc):
+    def inject(learn):
+        f,old = on_call(k, exc),learn.dls.train.after_item
+        learn.dls.train.after_item = lambda o: (f(), old(o))[1]
+    return inject
+
+def raise_in_callback(event, k, exc):
+    "A callback that shapes the training and comes last"
+    def inject(learn): learn.add_cb(Callback(**{event: on_call(k, exc)})).cbs[-1].__dict__['order'] = 1000
+    return inject
+
+stop,oops = KeyboardInterrupt,RuntimeError('oops')
+accidents = {'nothing': (noop, None), 'interrupt in batch 3': (raise_in_forward(3, stop), stop), 'interrupt in batch 25': (raise_in_forward(25, stop), stop),
+    'interrupt in loss 3': (raise_in_loss(3, stop), stop), 'interrupt in loss 25': (raise_in_loss(25, stop), stop), 'interrupt in backward': (raise_in_backward(12, stop), stop),
+    'interrupt in data': (raise_in_data(400, stop), stop), 'error in forward': (raise_in_forward(1, oops), RuntimeError), 'error in forward 15': (raise_in_forward(15, oops), RuntimeError),
+    'error in data': (raise_in_data(100, oops), RuntimeError), 'error in callback': (raise_in_callback('after_backward', 4, oops), RuntimeError),
+    'error before a step': (raise_in_callback('before_step', 2, oops), RuntimeError)}
+
+@pytest.mark.parametrize('accident,state', [*((o,'fitted') for o in accidents), *((o,s) for o in ('nothing','interrupt in batch 3','interrupt in batch 25','error in forward') for s in ('fresh','frozen'))])
+def test_nothing_changes(accident, state):
+    "After return, interrupt and error every field is as before: no optimizer where there was none, momenta where there were some"
+    inject,exc = accidents[accident]
+    learn = prepared(state, 'adam')
+    inject(learn)
+    before = snapshot(learn)
+    if exc is None: find_bs(learn)
+    else:
+        with pytest.raises(exc): find_bs(learn)
+    assert_untouched(learn, before)
+
+def test_snapshot_sees_a_search_that_is_not_undone():
+    "The snapshot is worth something only if it sees the traces of a mock training"
+    learn = fresh()
+    before = snapshot(learn)
+    with learn.no_logging(): learn.fit(2, 1e-2, cbs=BSFinder(num_it=30, n_batch=10))
+    seen = changes(before, snapshot(learn))
+    for k in ('learn.opt','learn.dls.loaders[0].rng.rng','learn.dl','learn.iter','learn.final_record','learn.cbs[1].lrs.len','py','np','torch',
+              'learn.model._modules[0]._parameters[weight].tensor','learn.model._modules[1]._buffers[running_mean].tensor'): assert k in seen, k
+
+@pytest.mark.parametrize('exc', [stop,oops])
+def test_nothing_changes_when_a_suggestion_fails(exc):
+    "A suggestion function comes after the mock training, and fails without it"
+    learn = prepared('fitted', 'sgd')
+    before = snapshot(learn)
+    def failing(rec): raise exc
+    with pytest.raises((stop,RuntimeError)): find_bs(learn, suggest_funcs=failing)
+    assert_untouched(learn, before)
+
+@pytest.mark.parametrize('lr', [1e30,1e-2])
+@pytest.mark.parametrize('method', ['accumulate','sequential'])
+def test_nothing_changes_when_the_loss_becomes_nan(lr, method):
+    "Weights, running statistics and momenta full of NaN are put back"
+    learn = prepared('fitted', 'sgd')
+    if lr < 1:
+        n,old = [0],learn.loss_func
+        def loss(*args): n[0] += 1; return old(*args)*(math.nan if n[0]>=15 else 1)
+        learn.loss_func = loss
+    before = snapshot(learn)
+    with pytest.warns(UserWarning, match='NaN'): find_bs(learn, lr=lr, method=method)
+    assert_untouched(learn, before)
+
+def test_grads_and_modes_stay():
+    "Gradients that the user holds, a layer in eval mode and a frozen layer stay; a parameter without a gradient keeps none"
+    learn = fresh()
+    learn.model.train()
+    learn.model[1].eval()
+    learn.model[-1].bias.requires_grad_(False)
+    learn.model[0].weight.grad = torch.ones_like(learn.model[0].weight)
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+    assert learn.model[6].weight.grad is None and not learn.model[1].training and learn.model[5].training
+
+def test_workers_leave_nothing(tmp_path):
+    "An interrupt in the middle of an epoch with worker processes"
+    learn = fresh(workers=2)
+    raise_in_forward(25, stop)(learn)
+    before = snapshot(learn)
+    with pytest.raises(stop): find_bs(learn)
+    assert_untouched(learn, before)
+
+class Unruly(nn.Module):
+    "A model with state in unusual places"
+    def __init__(self):
+        super().__init__()
+        self.lin,self.seen,self.cache,self.n = nn.Linear(64,10),[],{},0
+        self.register_buffer('tokens', torch.zeros(1,1).expand(5,3))
+    def forward(self, x):
+        self.n += 1
+        self.seen.append(self.n)
+        self.cache['last'] = self.n
+        if self.n==2: self.register_buffer('late', torch.ones(1))
+        return self.lin(x.view(-1,64)) + self.tokens.sum()
+
+def test_attributes_of_modules_stay():
+    "Lists, dictionaries, counters and buffers that a model makes while it runs; a buffer whose elements share their memory"
+    learn = fresh()
+    learn.model = Unruly()
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+
+class Stateful(nn.Module):
+    "A model with state in plain attributes"
+    def __init__(self, nm): super().__init__(); self.lin,self.state,self.nm = nn.Linear(64,10),plain[nm][0](),nm
+    def forward(self, x): return self.lin(x.view(-1,64)) + plain[self.nm][1](self.state)
+
+plain = dict(tensor=(lambda: torch.zeros(1), lambda o: o.add_(.1)), array=(lambda: np.zeros(1), lambda o: float(np.add(o, .1, out=o)[0])), generator=(torch.Generator, lambda o: torch.rand(1, generator=o)),
+    numpy=(partial(np.random.RandomState, 0), lambda o: o.rand()), python=(partial(random.Random, 0), lambda o: o.random()), deque=(deque, lambda o: (o.append(1), .1*len(o))[1]))
+
+@pytest.mark.parametrize('nm', plain)
+def test_plain_attributes_of_modules_stay(nm):
+    "What is no buffer and changes in place is state as well: the losses of a training after the search would differ"
+    def learner():
+        learn = fresh()
+        learn.model = Stateful(nm)
+        return learn
+    learn = learner()
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+    assert_no_trace(learner)
+
+# --- callbacks
+
+class Logbook(Callback):
+    "Appends to its own list after every batch; shapes nothing"
+    def __init__(self): self.log = []
+    def after_batch(self): self.log.append(self.learn.loss.item())
+
+class Shaper(Logbook):
+    "Takes part, since it may change the batch"
+    def __init__(self): super().__init__(); self.stats,self.rng,self.sum = dict(n=0, seen=[]),np.random.RandomState(0),tensor(0.)
+    def before_batch(self):
+        self.stats['n'] += 1
+        self.stats['seen'].append(len(self.y))
+        self.sum += 1
+        self.learn.xb = (self.x + self.rng.rand(),)
+
+@pytest.mark.parametrize('exc', [None,stop])
+@pytest.mark.parametrize('cb', [SaveModelCallback, partial(SaveModelCallback, every_epoch=True), CSVLogger, EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback,
+    ProgressCallback, Logbook, Shaper, MixUp, GradientAccumulation, partial(GradientClip, .1), ShortEpochCallback],
+    ids=lambda o: getattr(o, '__name__', None) or (f'{o.func.__name__} {o.keywords or o.args}' if isinstance(o, partial) else None))
+def test_callbacks_stay(cb, exc, tmp_path):
+    "Callbacks keep their place, their state and the disk, also after an interrupt; before and after they have trained"
+    learn = fresh(path=tmp_path, cbs=cb())
+    cbs = list(learn.cbs)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    if exc: raise_in_forward(25, exc)(learn)
+    before = snapshot(learn)
+    if exc:
+        with pytest.raises(exc): find_bs(learn)
+    else: assert find_bs(learn) is not None
+    assert_untouched(learn, before)
+    assert all(map(operator.is_, learn.cbs, cbs)) and len(learn.cbs)==len(cbs)
+
+def test_own_callback_that_only_watches_is_left_out():
+    "A callback that shapes nothing hears nothing of the mock training"
+    learn = fresh(cbs=[Logbook(), Shaper()])
+    raise_in_callback('after_batch', 1, AssertionError)(learn)
+    assert find_bs(learn) is not None
+    assert learn.logbook.log==[] and learn.shaper.log==[] and learn.shaper.stats==dict(n=0, seen=[])
+
+def test_callback_that_takes_part_is_seen():
+    "A callback that shapes the batches does so in the search too, or the result would be for another training"
+    ns = []
+    for cbs in ([], Shaper()):
+        learn = fresh(cbs=cbs)
+        find_bs(learn)
+        ns.append(list(learn.recorder.noise))
+    assert ns[0] != ns[1]
+
+def test_loss_function_after_mixup_is_interrupted():
+    "MixUp exchanges the loss function for its own while it trains, and would leave it there"
+    learn = fresh(cbs=MixUp())
+    lf = learn.loss_func
+    raise_in_forward(3, stop)(learn)
+    with pytest.raises(stop): find_bs(learn)
+    assert learn.loss_func is lf and lf.func.reduction=='mean'
+
+@pytest.mark.parametrize('opt', ['sgd','adam'])
+@pytest.mark.parametrize('cbs', [MixUp, partial(GradientClip, .1), partial(GradientAccumulation, 100), partial(SaveModelCallback, every_epoch=True)], ids=lambda o: str(getattr(o, 'func', o).__name__))
+def test_training_with_callbacks_is_the_same(opt, cbs):
+    "Callbacks with random numbers and counters of their own train on as if nothing had been"
+    assert_no_trace(lambda: fresh(opt, cbs=cbs()))
+
+# --- other data
+
+def lm_learner(path):
+    set_seed(0)
+    texts = [torch.randint(0, 20, (n,)) for n in range(5,60)]
+    dls = DataLoaders(*(LMDataLoader(texts, bs=8, seq_len=6, shuffle=o) for o in (True,False)), path=path, device='cpu')
+    return Learner(dls, nn.Sequential(nn.Embedding(20,8), nn.Linear(8,20)), CrossEntropyLossFlat(), path=path).remove_cb(ProgressCallback)
+
+@pytest.mark.parametrize('kwargs', [{}, dict(bs=16)], ids=str)
+def test_language_model_order_stays(tmp_path, kwargs):
+    "`LMDataLoader` shuffles its texts in place: the next epochs must not notice"
+    def epochs(learn): return [torch.cat([x.flatten() for x,_ in learn.dls.train]) for _ in range(3)]
+    expected = epochs(lm_learner(tmp_path))
+    learn = lm_learner(tmp_path)
+    before = snapshot(learn)
+    find_bs(learn, **kwargs)
+    assert_untouched(learn, before)
+    assert same(expected, epochs(learn)) and not same(*expected[:2])
+    assert_no_trace(partial(lm_learner, tmp_path), partial(find_bs, **kwargs))
+
+def test_interrupted_language_model_order_stays(tmp_path):
+    "Likewise after an interrupt in the second epoch"
+    def search(learn):
+        raise_in_forward(len(learn.dls.train)+2, stop)(learn)
+        with pytest.raises(stop): find_bs(learn, num_it=100)
+    assert_no_trace(partial(lm_learner, tmp_path), search)
+
+def test_pytorch_loader_with_a_generator_stays(tmp_path):
+    "A loader of PyTorch's own draws its order from its own generator"
+    def learner():
+        learn = fresh(path=tmp_path)
+        ds = list(learn.dls.train.dataset)
+        learn.dls = DataLoaders(*(torch.utils.data.DataLoader(ds, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(o)) for o in (1,2)), path=tmp_path)
+        learn.dls._device = torch.device('cpu')
+        return learn
+    learn = learner()
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+    def order(search):
+        learn = learner()
+        search(learn)
+        return [y for _ in range(2) for _,y in learn.dls.train]
+    assert same(order(noop), order(find_bs))
+
+class Augmented:
+    "Items with random numbers that are drawn where the item is made"
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i][0]+torch.randn(1), self.items[i][1]
+
+def test_persistent_workers_stay(tmp_path):
+    "PyTorch's workers can live on from epoch to epoch, and their random states with them"
+    def epoch(search):
+        learn = fresh(path=tmp_path)
+        dl = torch.utils.data.DataLoader(Augmented(list(learn.dls.train.dataset)), batch_size=16, num_workers=1, persistent_workers=True)
+        learn.dls = DataLoaders(dl, learn.dls.valid, path=tmp_path)
+        learn.dls._device = torch.device('cpu')
+        list(dl)
+        search(learn)
+        return [x for x,_ in dl]
+    assert same(epoch(noop), epoch(find_bs))
+
+def tabular(path):
+    set_seed(0)
+    df = pd.DataFrame(np.random.randn(200,3), columns=list('abc'))
+    df['y'] = np.where(df.a+df.b > 0, 'yes', 'no')
+    dls = TabularDataLoaders.from_df(df, path, procs=[Normalize], cont_names=list('abc'), y_names='y', y_block=CategoryBlock(), bs=16, device='cpu')
+    return tabular_learner(dls, layers=[8], metrics=accuracy, path=path).remove_cb(ProgressCallback)
+
+_deploy = """
+import sys
+sys.modules['fastai_bs_finder'] = None
+from fastai.tabular.all import *
+try: import fastai_bs_finder
+except ImportError: pass
+else: raise SystemExit('the package should be out of reach')
+learn = load_learner(sys.argv[1])
+assert type(learn.recorder) is Recorder and learn.recorder is learn.cbs[1] and not hasattr(learn, 'bs_find'), learn.cbs
+print(repr(learn.predict(pd.Series(dict(a=1., b=-.3, c=.2)))[2].tolist()))
+"""
+
+def test_export_opens_without_this_package(tmp_path):
+    "People deploy such files where this package is not installed"
+    learn = tabular(tmp_path)
+    learn.fit(1)
+    learn.bs_find(1e-2, num_it=20, n_batch=5, show_plot=False)
+    want = learn.predict(pd.Series(dict(a=1., b=-.3, c=.2)))[2].tolist()
+    learn.export('sub.pkl')
+    assert b'fastai_bs_finder' not in (tmp_path/'sub.pkl').read_bytes() and isinstance(learn.recorder, BSRecorder) and len(learn.recorder.noise)==4
+    (tmp_path/'elsewhere').mkdir()
+    got = subprocess.run([sys.executable, '-W', 'ignore', '-c', _deploy, tmp_path/'sub.pkl'], cwd=tmp_path/'elsewhere', capture_output=True, text=True)
+    assert not got.returncode, got.stderr
+    assert eval(got.stdout)==want
+
+# --- the recorder
+
+def test_recorder_is_the_same_object():
+    "It becomes a `BSRecorder` and keeps the logs of the training before"
+    learn = prepared('fitted', 'adam')
+    rec,logs = learn.recorder,{k: list(getattr(learn.recorder, k)) for k in ('lrs','losses','iters','values','metric_names')}
+    assert type(rec) is Recorder and len(logs['lrs'])==22
+    find_bs(learn)
+    assert learn.recorder is rec and rec in learn.cbs and isinstance(rec, BSRecorder) and isinstance(rec, Recorder)
+    assert all(same(logs[k], list(getattr(rec, k))) for k in logs) and len(rec.noise)==3
+    rec.plot_loss()
+
+def test_training_logs_in_the_same_recorder():
+    "What comes after the search is recorded as ever, beside the measurements"
+    learn = fresh()
+    find_bs(learn)
+    learn.fit(1, 1e-2)
+    assert len(learn.recorder.losses)==22 and len(learn.recorder.noise)==3 and len(learn.recorder.values)==1
+
+# --- as an ordinary callback
+
+def hooks(learn): return [h for p in learn.model.parameters() for h in (p._backward_hooks or {})]
+
+@pytest.mark.parametrize('exc', [stop,oops])
+def test_interrupted_callback_leaves_no_hook(exc):
+    "In an ordinary `fit` as well an interrupt must not leave hooks on the parameters"
+    learn,seen = fresh(),[]
+    learn.model.register_forward_pre_hook(lambda *_: seen.append(len(hooks(learn))))
+    raise_in_forward(3, exc)(learn)
+    with pytest.raises((stop,RuntimeError)): learn.fit(1, 1e-2, cbs=BSFinder())
+    assert seen[-1] > 0 and not hooks(learn) and len(learn.cbs)==3 and not hasattr(learn, 'bs_finder')
+
+def test_callback_leaves_no_hook():
+    "Nor does a fit that ends well, in each of two fits with the same callback"
+    learn,cb = fresh(),BSFinder(n_batch=5)
+    for _ in range(2):
+        learn.fit(1, 1e-2, cbs=cb)
+        assert not hooks(learn) and len(learn.recorder.noise)==4
+
+@pytest.mark.parametrize('opt', opts)
+def test_sequential_callback_only_watches(opt):
+    "The sequential method measures a training without changing it"
+    def run(*cbs):
+        learn = fresh(opt)
+        learn.fit(2, 1e-2, cbs=cbs)
+        return learn,dict(losses=learn.recorder.losses, weights=learn.model.state_dict(), opt=learn.opt.state_dict()) | {f'then {k}': v for k,v in train(learn).items()}
+    (_,expected),(learn,got) = run(),run(BSFinder(method='sequential', n_batch=5))
+    assert_same(expected, got)
+    assert len(learn.recorder.noise)==8
