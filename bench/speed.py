@@ -31,7 +31,7 @@ def one(method, batches, n_batch):
     print(json.dumps(dict(seconds=seconds, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, state=state)))
 
 def main():
-    p = parser(__doc__, batches=100, n_batch=20, rounds=3)
+    p = parser(__doc__, batches=100, n_batch=20, rounds=5)
     p.add_argument('--one', choices=methods, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one: return one(args.one, args.batches, args.n_batch)
