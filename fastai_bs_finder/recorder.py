@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BSRecorder']
 
-# %% ../nbs/02_recorder.ipynb #7a5f9551
+# %% ../nbs/02_recorder.ipynb #ddaa495d
 import copyreg, math
 import pandas as pd, matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
 from fastai.learner import Recorder
+from fastcore.basics import patch
 from .stats import noise_scale
 
 # %% ../nbs/02_recorder.ipynb #9546ff61
@@ -57,10 +58,11 @@ class BSRecorder(Recorder):
 
 _series = 'noise','scale','noise_scale','n_iter'
 
-# %% ../nbs/02_recorder.ipynb #6c33c0ef
+# %% ../nbs/02_recorder.ipynb #e1c5773e
 def _batch_sizes(v, pos=None): return f'{v:g}' if v < 1 else f'{v:,.0f}'
 
-def _plot_bs_find(self:BSRecorder,
+@patch
+def plot_bs_find(self:BSRecorder,
     skip_start:int=0, # Measurements at the beginning to leave out
     return_fig:bool=False, # Return the matplotlib figure
     suggestions=None, # Batch sizes to mark
@@ -70,9 +72,12 @@ def _plot_bs_find(self:BSRecorder,
     df = self.bs_find_stats.iloc[skip_start:]
     if df.empty: raise ValueError("there is nothing to plot: no measurement was recorded. Call `learn.bs_find()` first")
     fig,(ax,parts) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
-    ax.plot(df.index, df.noise_scale.where(df.noise_scale.between(0, math.inf, inclusive='neither')), marker='.' if len(df)<50 else None)
+    seen = df.noise_scale.where(df.noise_scale.between(0, math.inf, inclusive='neither'))
+    ax.plot(df.index, seen, marker='.' if len(df)<50 else None)
     ax.set(xlabel='Batches processed', ylabel='Gradient noise scale (examples)')
     ax.set_yscale('log', base=2)
+    shown = [math.log2(o) for o in (*seen.dropna(), *(suggestions or ())) if o]
+    if shown: ax.set_ylim(2**math.floor(min(shown)-.1), 2**math.ceil(max(shown)+.1)) # whole doublings, so that there are labels
     ax.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(_batch_sizes))
     ax.grid(alpha=.3)
@@ -85,5 +90,3 @@ def _plot_bs_find(self:BSRecorder,
     parts.grid(alpha=.3)
     parts.legend(loc='best')
     if return_fig: return fig
-
-BSRecorder.plot_bs_find = _plot_bs_find
