@@ -29,4 +29,4 @@ def test_outputs_show_the_page_and_not_the_machine():
         for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
             for o in c.get('outputs', []):
                 assert o.get('name') != 'stderr', (nb.name, o)
-                assert not re.search(r'site-packages|[ /]tmp/|/home/|---| [0-9.]+% ', ''.join(o.get('text', ''))), (nb.name, o)
+                assert not re.search(r'site-packages|[ /]tmp/|/home/|█', ''.join(o.get('text', ''))), (nb.name, o)
