@@ -9,12 +9,10 @@ from fastai.callback.all import *
 from fastai_bs_finder.all import *
 from fastai_bs_finder.stats import noise_and_scale
 
-DATA = Path(__file__).resolve().parents[2]/'shared'/'data'
-
 def parser(doc, **defaults):
-    "Argument parser with `--data` and one integer option per keyword"
-    p = argparse.ArgumentParser(description=doc)
-    p.add_argument('--data', type=Path, default=DATA, help='folder with mnist.npz, adult.csv and republic.txt (default: %(default)s)')
+    "Argument parser with one option per keyword, and `--data` where `data` is among them"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if defaults.pop('data', False): p.add_argument('--data', type=Path, required=True, help='folder with mnist.npz, adult.csv and republic.txt')
     for k,v in defaults.items(): p.add_argument(f'--{k}', type=type(v), default=v, help='default: %(default)s')
     return p
 

@@ -51,7 +51,7 @@ def row(task, learn, lr, **kw):
         'first':float(ns.iloc[0]), 'lowest':float(ns.min()), 'end (median of last tenth)':float(ns.iloc[-k:].median()), 'critical':str(sugg.critical)})
 
 def main():
-    p = parser(__doc__, seed=0)
+    p = parser(__doc__, data=True, seed=0)
     p.add_argument('--task', choices=tasks, help='only this one')
     args = p.parse_args()
     RESULTS.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ gradients of all 60,000 images, one by one (`torch.func`, float64)."""
 from common import *
 
 def main():
-    args = parser(__doc__, steps=100, seeds=10, bs=64, n_batch=20).parse_args()
+    args = parser(__doc__, data=True, steps=100, seeds=10, bs=64, n_batch=20).parse_args()
     x,y = mnist_tensors(args.data)
     set_seed(0)
     learn = image_learner(x, y, small_convnet(), bs=args.bs, opt_func=SGD)

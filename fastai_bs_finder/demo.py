@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['convnet', 'image_learner', 'table_learner', 'get_learner', 'costs', 'main']
 
-# %% ../nbs/05_demo.ipynb #3d6bb89c
+# %% ../nbs/05_demo.ipynb #18818390
 import argparse, sys, tempfile, warnings
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from matplotlib.backend_bases import FigureCanvasBase
 from torch import nn
 from sklearn.datasets import load_digits
 with warnings.catch_warnings():
@@ -21,7 +22,7 @@ with warnings.catch_warnings():
     from fastai_bs_finder.stats import relative_examples, relative_steps
     from fastai_bs_finder.finder import *
 
-# %% ../nbs/05_demo.ipynb #79b64161
+# %% ../nbs/05_demo.ipynb #10d6bdc7
 def convnet(
     c_in:int, # Channels of an image
     c_out:int # Classes
@@ -37,6 +38,7 @@ def image_learner(
     "A learner for images in memory"
     if x.ndim not in (3,4) or len(x)!=len(y) or y.ndim!=1:
         raise ValueError(f"expected images of shape N×H×W or N×H×W×channels and N classes, got {x.shape} and {y.shape}")
+    if len(x) < 100 or x.min()==x.max() or len(np.unique(y)) < 2: raise ValueError(f"at least 100 images that differ and 2 classes are needed, got {len(x)} images and {len(np.unique(y))} classes")
     x = torch.tensor(x).float()
     x = x[:,None] if x.ndim==3 else x.permute(0,3,1,2)
     x = (x-x.mean())/x.std()
@@ -48,18 +50,20 @@ def image_learner(
     dls = DataLoaders.from_dsets(train, valid, bs=64, shuffle=True, drop_last=True, num_workers=0)
     return Learner(dls, convnet(x.shape[1], len(classes)), CrossEntropyLossFlat())
 
-# %% ../nbs/05_demo.ipynb #8b71deea
+# %% ../nbs/05_demo.ipynb #d91be1d0
 def table_learner(
     path:Path, # CSV file
     target:str # Column to predict: a name, or a number from 0 for a file without a header
-)->Learner:
+)->Learner: # A `tabular_learner`, for classes or a number
     "A tabular learner for a CSV file"
     from fastai.tabular.all import (CategoryBlock, RegressionBlock, Categorify, FillMissing, Normalize, TabularDataLoaders, cont_cat_split, tabular_learner)
     try: df = pd.read_csv(path, skipinitialspace=True, na_values='?')
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{path} can't be read as a CSV file: {e}") from None
     if target is None: raise ValueError(f"{path} is a table: say which column to predict with --target. It has {_some(df.columns)}")
-    if target not in df.columns and target.lstrip('-').isdigit():
-        if not -len(df.columns) <= int(target) < len(df.columns): raise ValueError(f"{path} has {len(df.columns)} columns, there is no column {target}")
+    if target not in df.columns and target.isdigit():
+        header = [c for c in df.columns if pd.api.types.is_numeric_dtype(df[c]) and not _is_number(c)]
+        if header: raise ValueError(f"{path} has a header line ({header[0]!r} stands above numbers): give the column's name to --target. It has {_some(df.columns)}")
+        if int(target) >= len(df.columns): raise ValueError(f"{path} has {len(df.columns)} columns, there is no column {target}")
         df = pd.read_csv(path, skipinitialspace=True, na_values='?', header=None)
         df.columns = [str(o) for o in df.columns]
         target = df.columns[int(target)]
@@ -68,16 +72,23 @@ def table_learner(
     n = df[target].nunique()
     if len(df) < 100 or n < 2: raise ValueError(f"{path} has {len(df)} rows with a target and {n} different targets: at least 100 rows and 2 targets are needed")
     category = not pd.api.types.is_float_dtype(df[target]) and (not pd.api.types.is_numeric_dtype(df[target]) or n <= 20)
+    if len(df.columns) < 2: raise ValueError(f"{path} has no column but {target!r}: there is nothing to predict it from")
+    if category and n > len(df)//5: raise ValueError(f"{path} has {n} different values of {target!r} in {len(df)} rows: too many for classes, too unlike numbers for a regression")
     cont,cat = cont_cat_split(df, max_card=20, dep_var=target)
     dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=cat, cont_names=cont, y_names=target,
         y_block=CategoryBlock() if category else RegressionBlock(), bs=min(64, len(df)//4), valid_pct=.2)
     return tabular_learner(dls, layers=[200,100])
 
+def _is_number(s):
+    try: float(s)
+    except ValueError: return False
+    return True
+
 def _some(columns):
     names = [repr(str(o)) for o in columns]
     return ', '.join(names[:20]) + (f' and {len(names)-20} more' if len(names)>20 else '')
 
-# %% ../nbs/05_demo.ipynb #e3c4a219
+# %% ../nbs/05_demo.ipynb #cf1e33e9
 def get_learner(
     data:Path=None, # None: scikit-learn's digits; `.npz`: arrays `x_train` and `y_train`; `.csv`: a table
     target:str=None # Column of a table to predict
@@ -86,27 +97,28 @@ def get_learner(
     if data is None:
         digits = load_digits()
         return image_learner(digits.images, digits.target)
+    if data.is_dir(): raise ValueError(f"{data} is a folder: give a .csv table or a .npz archive of images")
     if not data.is_file(): raise ValueError(f"there is no file {data}")
-    if data.suffix=='.csv': return table_learner(data, target)
-    if data.suffix!='.npz': raise ValueError(f"{data} should be a .csv table or a .npz archive of images")
+    if data.suffix.lower()=='.csv': return table_learner(data, target)
+    if data.suffix.lower()!='.npz': raise ValueError(f"{data} should be a .csv table or a .npz archive of images")
     try: arrays = np.load(data)
-    except Exception as e: raise ValueError(f"{data} can't be read as a NumPy archive: {e}") from None
+    except Exception: raise ValueError(f"{data} can't be read as a NumPy archive") from None
     missing = [k for k in ('x_train','y_train') if k not in arrays]
     if missing: raise ValueError(f"{data} should have the arrays x_train and y_train, it has {_some(arrays)}")
     return image_learner(arrays['x_train'], arrays['y_train'])
 
-# %% ../nbs/05_demo.ipynb #6b71841f
+# %% ../nbs/05_demo.ipynb #0332068d
 def costs(
     bs:int, # Batch size in the middle of the table
     noise_scale:float, # Gradient noise scale
     n_items:int # Items in the training set
-)->pd.DataFrame: # Indexed by batch size
+)->pd.DataFrame: # A row per batch size
     "Steps and examples to the same loss, for batch sizes around `bs`"
     sizes = [o for o in (bs*2**i for i in range(-3,4)) if 1 <= o <= n_items]
-    return pd.DataFrame({'steps': [relative_steps(o, noise_scale) for o in sizes], 'examples': [relative_examples(o, noise_scale) for o in sizes]},
-        index=pd.Index([int(o) for o in sizes], name='batch size'))
+    return pd.DataFrame({'batch size': [int(o) for o in sizes], 'steps': [relative_steps(o, noise_scale) for o in sizes],
+        'examples': [relative_examples(o, noise_scale) for o in sizes], '': ['<- suggested' if o==bs else '' for o in sizes]})
 
-# %% ../nbs/05_demo.ipynb #cca56aec
+# %% ../nbs/05_demo.ipynb #968a67e9
 def main(
     args=None # Command line arguments; None: those that Python was started with
 ):
@@ -115,25 +127,34 @@ def main(
     parser.add_argument('--data', type=Path, metavar='PATH', help="a .csv table, or a .npz archive with arrays x_train and y_train (default: the digits)")
     parser.add_argument('--target', metavar='COLUMN', help="column of the table to predict; a number, from 0, for a file without a header line")
     parser.add_argument('--out', type=Path, default=Path('bs_find.png'), metavar='PATH', help='where to save the picture (default: %(default)s)')
+    parser.add_argument('--num_it', type=int, help='batches to process: more of them look further into training (default: one epoch, at least 800)')
     args = parser.parse_args(args)
+    if args.out.suffix[1:] not in FigureCanvasBase.get_supported_filetypes(): parser.error(f"a picture can't be saved as {args.out.name}: name it .png, .svg or .pdf")
     if not args.out.absolute().parent.is_dir(): parser.error(f"there is no folder {args.out.parent} to save the picture in")
+    if args.target is not None and (args.data is None or args.data.suffix.lower()!='.csv'): parser.error("--target names a column of a .csv table: give the table with --data")
     set_seed(42)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as tmp:
         warnings.filterwarnings('ignore', module=r'(torch|fastai|pandas)\.') # theirs, not ours
         try: learn = get_learner(args.data, args.target)
         except ValueError as e: parser.error(str(e))
         learn.path = Path(tmp) # where `lr_find` keeps the weights meanwhile
+        bs,n_items = learn.dls.train.bs,len(learn.dls.train_ds)
+        n_batch = max(2, min(20, n_items//bs))
+        num_it = max(800, len(learn.dls.train)) if args.num_it is None else args.num_it
+        if num_it < 2*n_batch: parser.error(f"--num_it must be at least {2*n_batch} for this data, got {num_it}")
         with nullcontext() if sys.stdout.isatty() else learn.no_bar(): # a progress bar fills a file with a line per batch
             lr = learn.lr_find(show_plot=False).valley
-            sugg = learn.bs_find(lr, num_it=max(800, len(learn.dls.train)), show_plot=False)
+            sugg = learn.bs_find(lr, num_it=num_it, n_batch=n_batch, show_plot=False)
     rec = learn.recorder
-    bs,n = learn.dls.train.bs, len(learn.dls.train_ds)
-    print(f"\nData:           {args.data or 'the digits of scikit-learn'}, {n:,} training items in batches of {bs}")
+    print(f"\nData:           {args.data or 'the digits of scikit-learn'}, {n_items:,} training items in batches of {bs}")
     print(f"Learning rate:  {lr:.2g} (lr_find)")
     if sugg is None or sugg.critical is None: return print("Batch size:     none found, see the warning above")
     print(f"Noise scale:    {rec.noise_scale[0]:,.0f} at first, {rec.noise_scale[-1]:,.0f} after {rec.n_iter[-1]} batches")
-    print(f"Batch size:     {sugg.critical} (bs_find: the critical batch size)\n")
-    print(f"To get to the same loss, as a multiple of the least possible:\n{costs(sugg.critical, rec.noise_scale[-1], n).round(1).to_string()}\n")
+    print(f"Batch size:     {sugg.critical} (bs_find: where the noise scale settles, as a power of two)\n")
+    print(f"To get to the same loss at a noise scale of {rec.noise_scale[-1]:,.0f}, as a multiple of the least possible:\n")
+    print(costs(sugg.critical, rec.noise_scale[-1], n_items).round(1).to_string(index=False))
+    print(f"\nThis looked at the first {len(rec.noise_scale)} optimizer steps of a training, one in {n_batch} batches. Later the noise scale\n"
+          f"is usually larger: --num_it {10*num_it} looks ten times as far.\n")
     rec.plot_bs_find(suggestions=sugg, nms=sugg._fields, return_fig=True).savefig(args.out)
     print(f"Picture:        {args.out}")
 

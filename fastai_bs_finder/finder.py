@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BSFinder', 'critical', 'BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #f20b4000
+# %% ../nbs/04_finder.ipynb #1f62b92e
 import math
 from collections import namedtuple
 from functools import partial
@@ -15,6 +15,7 @@ from fastcore.basics import mk_class, patch, tuplify
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
@@ -24,7 +25,7 @@ from .gradients import estimators
 from .recorder import BSRecorder
 from .state import preserve
 
-# %% ../nbs/04_finder.ipynb #b24e2234
+# %% ../nbs/04_finder.ipynb #2b27a4c1
 def _n_items(dl): return dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
 
 class BSFinder(Callback):
@@ -39,16 +40,16 @@ class BSFinder(Callback):
         if method not in estimators: raise ValueError(f"method must be one of {', '.join(map(repr, estimators))}, got {method!r}")
         if n_batch < 2: raise ValueError(f"n_batch must be at least 2, got {n_batch}: a window of one batch has no second gradient to compare with")
         self.num_it,self.n_batch,self.method = num_it,n_batch,method
-        self.noise_avg,self.scale_avg = MovingAverage(beta),MovingAverage(beta)
-        self.estimator = None
+        self.beta,self.noise_avg,self.scale_avg,self.estimator = beta,MovingAverage(beta),MovingAverage(beta),None
 
     def before_fit(self):
         "Watch the parameters that the optimizer trains"
+        if self.learn._grab_cbs(GradientAccumulation): raise ValueError("GradientAccumulation and BSFinder both decide when the optimizer steps: remove one of them. `learn.bs_find()` leaves GradientAccumulation out by itself")
         BSRecorder.of(self.learn)
         params = [p for pl in self.opt.param_lists for p in pl if p.requires_grad]
         if not params: raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
-        for avg in (self.noise_avg,self.scale_avg): avg.__init__(avg.beta)
-        self.n_seen,self.n_measured,self.n_dropped,self.total_loss = 0,0,0,0.
+        self.noise_avg,self.scale_avg = MovingAverage(self.beta),MovingAverage(self.beta)
+        self.n_seen,self.n_measured,self.total_loss,self.warned = 0,0,0.,False
         self.estimator = estimators[self.method](self.n_batch)
         self.estimator.start(params)
 
@@ -76,26 +77,30 @@ class BSFinder(Callback):
         if self.num_it is not None and self.n_seen >= self.num_it: raise CancelFitException()
 
     def _measure(self, pair):
-        small,big,loss = torch.stack([pair.small, pair.big, self.total_loss.to(pair.small)]).tolist() # the window's one wait for the device
+        small,big,loss = torch.stack([pair.small, pair.big, self.total_loss.to(pair.small)]).tolist() # here, and only here, we wait for the device
         self.estimator.pair,self.total_loss = None,0.
         if not all(map(math.isfinite, (small,big,loss))): return self._not_finite(loss)
         noise,scale = noise_and_scale(small/self.loss_scale**2, big/self.loss_scale**2, pair.b_small, pair.b_big)
+        self.bs = pair.b_small
         if self.n_measured==0: self.recorder.start_search(_n_items(self.learn.dls.train))
         self.n_measured += 1
         self.recorder.add_measurement(self.n_seen, self.noise_avg.update(noise), self.scale_avg.update(scale))
 
     def _not_finite(self, loss):
-        self.n_dropped += 1
-        if math.isfinite(loss) and self.loss_scale != 1: return
-        if self.n_dropped==1: warn(f"The {'gradient' if math.isfinite(loss) else 'loss'} became NaN or infinite between batches {self.n_seen-self.n_batch+1} and {self.n_seen}. "
-                                   f"{self.n_measured} measurements were made before that and are kept. A lower learning rate usually helps")
+        if math.isfinite(loss) and self.loss_scale != 1: return # an overflow of the scaled gradients, which the scaler answers
+        if not self.warned: warn(f"The {'gradient' if math.isfinite(loss) else 'loss'} became NaN or infinite between batches {self.n_seen-self.n_batch+1} and {self.n_seen}. "
+                                 f"{self.n_measured} measurements were made before that and are kept. A lower learning rate usually helps")
+        self.warned = True
         if self.num_it is not None: raise CancelFitException()
 
     def before_validate(self):
         "A search needs no validation"
         if self.num_it is not None: raise CancelValidException()
 
-    def after_fit(self): self._stop()
+    def after_fit(self):
+        "Leave nothing of an unfinished window in the gradients, or the next fit would add to it"
+        if not self.estimator.step_now: self.opt.zero_grad()
+        self._stop()
 
     def _stop(self):
         if self.estimator is not None: self.estimator.stop()
@@ -116,17 +121,23 @@ def critical(
 mk_class("BSSuggestion", Critical=critical, doc="Suggestion functions, as attributes to get tab-completion and typo-proofing")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #09d16cf9
+# %% ../nbs/04_finder.ipynb #33d0a989
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
+    for f in funcs:
+        if not callable(f): raise ValueError(f"suggest_funcs must be functions of the recorder, as BSSuggestion.Critical is, got {f!r}")
     nms = [getattr(f.func if isinstance(f, partial) else f, '__name__', type(f).__name__) for f in funcs]
     try: return namedtuple('SuggestedBSs', nms)
     except ValueError:
         raise ValueError(f"each suggestion function needs a name of its own, to be a field of the result, got {', '.join(nms)}: define them with `def`, without a leading underscore") from None
 
+def _check_whole(**kwargs):
+    for k,v in kwargs.items():
+        if v is not None and not isinstance(v, (int,np.integer)): raise ValueError(f"{k} must be a whole number, got {v!r}")
+
 def _check_lr(lr):
     for o in ([lr.start, lr.stop] if isinstance(lr, slice) else np.ravel(lr)):
-        if o is not None and not (math.isfinite(o) and o > 0): raise ValueError(f"lr must be positive and finite, got {lr}. `learn.lr_find()` suggests one")
+        if o is not None and not (isinstance(o, (int,float,np.number)) and 0 < o < math.inf): raise ValueError(f"lr must be positive and finite, got {lr!r}. `learn.lr_find()` suggests one")
 
 def _check_loader(dl, bs):
     try: len(dl)
@@ -135,6 +146,7 @@ def _check_loader(dl, bs):
     if bs is not None:
         if not 1 <= bs <= _n_items(dl): raise ValueError(f"bs must be between 1 and the {_n_items(dl):,} items of the training set, got {bs}")
         if not isinstance(dl, DataLoader): raise ValueError(f"bs={bs} needs a fastai DataLoader, got {type(dl)}: build your loaders with that batch size and leave bs out")
+    elif not _n_items(dl): raise ValueError("the training set is empty, as it is in a learner from `load_learner`: give the learner its data back with `learn.dls = dls`")
     elif not len(dl): raise ValueError(f"the training loader has no batch: {_n_items(dl)} items are less than a batch, and drop_last is set. Pass a smaller bs")
 
 def _check_windows(num_it, n_batch):
@@ -145,10 +157,11 @@ def _with_bs(dl, bs):
     "The training loader with another batch size, and with what `new` of fastai's weighted and partial loaders forgets"
     return dl.new(bs=bs, **{k: vars(dl)[k] for k in ('wgts','partial_n') if k in vars(dl)})
 
-def _drowned(rec):
-    "Say so where no signal was left"
+def _check_result(rec, window):
+    "Say so where the windows were too large for the data, or no signal was left"
+    if window > rec.n_items: warn(f"A window of {window:,} examples is more than the {rec.n_items:,} of the training set, so its batches share examples and the noise scale comes out too low. Lower n_batch or bs", stacklevel=3)
     n = sum(map(math.isinf, rec.noise_scale))
-    if n: warn(f"In {n} of {len(rec.noise_scale)} measurements the gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise n_batch, num_it or bs")
+    if n: warn(f"In {n} of {len(rec.noise_scale)} measurements the gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise n_batch, num_it or bs", stacklevel=3)
 
 # %% ../nbs/04_finder.ipynb #f7ca3339
 class _SearchProgress(Callback):
@@ -163,7 +176,7 @@ class _SearchProgress(Callback):
         self.bar.update(self.done)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #529433d6
+# %% ../nbs/04_finder.ipynb #b2f4bbdf
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -182,6 +195,7 @@ def bs_find(self:Learner,
     _check_lr(self.lr if lr is None else lr)
     if getattr(self, 'loss_func', None) is None: raise ValueError("the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
     if not any(p.requires_grad for p in self.model.parameters()): raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
+    _check_whole(bs=bs, num_it=num_it, n_batch=n_batch)
     _check_loader(self.dls.train, bs)
     finder = BSFinder(n_batch=n_batch, beta=beta, method=method)
     _check_windows(num_it, n_batch)
@@ -193,9 +207,9 @@ def bs_find(self:Learner,
         cbs = [finder] + ([_SearchProgress(finder.num_it)] if show_bar else [])
         with self.no_logging(): self.fit(math.ceil(finder.num_it/len(self.dls.train)), lr, wd=wd, cbs=cbs)
     if not finder.n_measured:
-        warn("bs_find made no measurement, so it has no suggestion")
+        warn("bs_find made no measurement, so it has no suggestion", stacklevel=2)
         return
-    _drowned(rec)
+    _check_result(rec, round(n_batch*finder.bs))
     sugg = SuggestedBSs(*(f(rec) for f in funcs))
     if show_plot: rec.plot_bs_find(suggestions=sugg, nms=sugg._fields)
     if funcs: return sugg

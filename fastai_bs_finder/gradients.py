@@ -101,9 +101,9 @@ class AccumulateEstimator(Estimator):
         for g in self._grads(): g.div_(self.size/self.first) # the sum becomes the mean, for the optimizer too
         return sq_norm(self._grads())
 
-# %% ../nbs/01_gradients.ipynb #f1fda26f
+# %% ../nbs/01_gradients.ipynb #e141f656
 class SequentialEstimator(Estimator):
-    "Step on every batch and compare `n_batch` consecutive gradients with their mean: cheap, but biased as soon as the weights move"
+    "Step on every batch and compare `n_batch` consecutive gradients with their mean: training goes on as usual, but the measure is biased as soon as the weights move"
     def start(self, params):
         super().start(params)
         self.sums,self.step_now = None,True

@@ -13,7 +13,7 @@ from fastai.learner import Recorder
 from fastcore.basics import patch
 from .stats import noise_scale
 
-# %% ../nbs/02_recorder.ipynb #9546ff61
+# %% ../nbs/02_recorder.ipynb #8f9456b5
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
@@ -23,7 +23,7 @@ class BSRecorder(Recorder):
     def of(cls,
         learn # `Learner` whose recorder is wanted
     ): # The very recorder that `learn` had, now able to hold a noise scale
-        "Turn the recorder of `learn` into a `BSRecorder`, keeping all that is in it"
+        "Turn the recorder of `learn` into a `BSRecorder`, keeping all that is in it; a learner without a recorder gets one"
         rec = learn.__dict__.get('recorder')
         if rec is None: learn.add_cb(cls())
         elif not isinstance(rec, cls):
@@ -58,18 +58,18 @@ class BSRecorder(Recorder):
 
 _series = 'noise','scale','noise_scale','n_iter'
 
-# %% ../nbs/02_recorder.ipynb #e1c5773e
+# %% ../nbs/02_recorder.ipynb #fd9ad436
 def _batch_sizes(v, pos=None): return f'{v:g}' if v < 1 else f'{v:,.0f}'
 
 @patch
-def plot_bs_find(self:BSRecorder,
+def plot_bs_find(self:Recorder,
     skip_start:int=0, # Measurements at the beginning to leave out
     return_fig:bool=False, # Return the matplotlib figure
-    suggestions=None, # Batch sizes to mark
-    nms=None # Their names
+    suggestions:tuple=None, # Batch sizes to mark
+    nms:tuple=None # Their names
 ):
     "Plot the result of a batch size search (won't work if you didn't do `learn.bs_find()` before)"
-    df = self.bs_find_stats.iloc[skip_start:]
+    df = self.bs_find_stats.iloc[skip_start:] if isinstance(self, BSRecorder) else pd.DataFrame()
     if df.empty: raise ValueError("there is nothing to plot: no measurement was recorded. Call `learn.bs_find()` first")
     fig,(ax,parts) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
     seen = df.noise_scale.where(df.noise_scale.between(0, math.inf, inclusive='neither'))

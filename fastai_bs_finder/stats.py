@@ -46,19 +46,19 @@ class MovingAverage:
         self.total = self.beta*self.total + (1-self.beta)*x
         return self.total/(1 - self.beta**self.n)
 
-# %% ../nbs/00_stats.ipynb #56901109
+# %% ../nbs/00_stats.ipynb #2d281c9f
 def relative_steps(
     bs:float, # Batch size
     noise_scale:float # Gradient noise scale
 )->float: # Steps to a given loss, as a multiple of the least possible; at least 1
-    "Optimizer steps that training needs at batch size `bs` (arXiv 1812.06162, eq. 2.7)"
+    "Optimizer steps that training needs at batch size `bs` (arXiv 1812.06162, section 2)"
     return 1 + noise_scale/bs
 
 def relative_examples(
     bs:float, # Batch size
     noise_scale:float # Gradient noise scale
 )->float: # Examples to a given loss, as a multiple of the least possible; at least 1
-    "Examples that training has to process at batch size `bs` (arXiv 1812.06162, eq. 2.7)"
+    "Examples that training has to process at batch size `bs` (arXiv 1812.06162, section 2)"
     return 1 + bs/noise_scale if noise_scale > 0 else math.inf
 
 # %% ../nbs/00_stats.ipynb #2ec183fb

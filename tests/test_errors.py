@@ -298,3 +298,77 @@ def test_no_warning_otherwise(learn):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert find_bs(learn, show_plot=True) is not None
+
+# --- what a review found
+
+@pytest.mark.parametrize('kwargs', [dict(n_batch=2.5), dict(num_it=40.), dict(bs=32.5), dict(num_it=math.nan)], ids=str)
+def test_whole_numbers(learn, kwargs):
+    "Numbers of batches and items are whole"
+    refused(learn, 'must be a whole number', **kwargs)
+
+def test_windows_larger_than_the_data(learn):
+    "Batches that share examples look too much alike, and that is said"
+    with pytest.warns(UserWarning, match='is more than the 1,437 of the training set.*Lower n_batch or bs'): find_bs(learn, bs=256)
+
+def test_all_batches_alike():
+    "Where every batch is the whole training set there is no noise to see, and that is said"
+    x,y = torch.rand(40,3),torch.arange(40)%2
+    dls = DataLoaders.from_dsets(list(zip(x,y)), list(zip(x,y)), bs=40, shuffle=True, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Linear(3,2), CrossEntropyLossFlat()).remove_cb(ProgressCallback)
+    with pytest.warns(UserWarning, match='is more than the 40.*comes out too low'): assert find_bs(learn).critical==1
+
+def test_accumulation_twice(learn):
+    "Two callbacks that decide when to step are one too many in a real fit; a search leaves the other one out"
+    learn.add_cb(GradientAccumulation(128))
+    with learn.no_logging(), pytest.raises(ValueError, match='remove one of them'): learn.fit(1, cbs=BSFinder())
+    assert find_bs(learn).critical
+
+def test_unfinished_window_leaves_no_gradient(learn):
+    "A fit that ends within a window does not hand its sums to the next"
+    with learn.no_logging(): learn.fit(1, cbs=BSFinder(n_batch=20))
+    assert all(not p.grad.any() for p in learn.model.parameters())
+
+class Scaler(Callback):
+    "Stands for a loss scaler that overflows at first: the gradients of the first batches are infinite, the losses are not"
+    order = MixedPrecision.order
+    def __init__(self, n, bad=()): self.n,self.bad,self.seen = n,bad,0
+    def before_fit(self): self.learn.scaler = self
+    def get_scale(self): return 1024.
+    def after_pred(self):
+        self.seen += 1
+        if self.seen in self.bad: self.learn.pred = self.learn.pred*math.nan
+    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*(1024. if self.seen > self.n else math.inf)
+    def before_step(self):
+        if self.seen <= self.n: raise CancelStepException()
+        for p in self.learn.model.parameters(): p.grad.div_(1024)
+
+def test_loss_scale(learn, tmp_path):
+    "A loss scale does not show in the numbers, and windows that overflow are left out"
+    find_bs(learn)
+    plain = learn.recorder.bs_find_stats
+    scaled = make_learner(tmp_path)
+    scaled.add_cb(Scaler(0))
+    find_bs(scaled)
+    pd.testing.assert_frame_equal(plain, scaled.recorder.bs_find_stats, rtol=1e-3)
+    overflowing = make_learner(tmp_path)
+    overflowing.add_cb(Scaler(10))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        find_bs(overflowing, num_it=40)
+    assert overflowing.recorder.n_iter == [20,30,40]
+
+def test_nan_after_overflow(learn):
+    "An overflow that the scaler answers does not silence the warning of a real NaN later"
+    learn.add_cb(Scaler(10, bad=range(25,100)))
+    with pytest.warns(UserWarning, match='loss became NaN or infinite between batches 21 and 30. 1 measurements'): find_bs(learn, num_it=60)
+    assert learn.recorder.n_iter == [20]
+
+@pytest.mark.parametrize('kwargs,match', [(dict(lr='x'), "lr must be positive and finite, got 'x'"), (dict(suggest_funcs=3), 'must be functions of the recorder')], ids=str)
+def test_other_types(learn, kwargs, match):
+    "What is no number or no function is refused before the search"
+    refused(learn, match, **kwargs)
+
+def test_empty_training_set(learn):
+    "A learner that was loaded for inference has no data"
+    learn.dls.loaders[0] = learn.dls.train.new([])
+    refused(learn, 'training set is empty.*load_learner')

@@ -530,3 +530,27 @@ def test_sequential_callback_only_watches(opt):
     (_,expected),(learn,got) = run(),run(BSFinder(method='sequential', n_batch=5))
     assert_same(expected, got)
     assert len(learn.recorder.noise)==8
+
+class Cache:
+    "What a forward hook keeps: a count and the last activation"
+    def __init__(self): self.n,self.last = 0,None
+    def __call__(self, m, i, o): self.n,self.last = self.n+1,o
+
+class Skips(nn.Module):
+    "As in a U-Net, one layer finds another's activation in an object that both hold; and it keeps notes in a dictionary"
+    def __init__(self, hook): super().__init__(); self.hook,self.notes = hook,dict(n=0, last=None)
+    def forward(self, x):
+        self.notes.update(n=self.notes['n']+1, last=x)
+        return x + self.hook.last.mean()
+
+def test_shared_hook_with_an_activation(learn):
+    "An activation within a graph can't be copied; all around it still is, also where two modules share it"
+    hook = Cache()
+    learn.model[0].register_forward_hook(hook)
+    learn.model[0].hook = hook
+    learn.model.append(Skips(hook))
+    with learn.no_logging(): learn.lr_find(num_it=10, show_plot=False) # ends in training mode, with activations in the hook
+    assert hook.last.requires_grad
+    n,last,notes = hook.n,hook.last,dict(learn.model[-1].notes)
+    learn.bs_find(1e-3, num_it=40, show_plot=False)
+    assert hook.n==n and hook.last is last and learn.model[-1].notes==notes
