@@ -9,6 +9,7 @@ from fastai_bs_finder.all import *
 from sklearn.datasets import load_digits
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's `test_eq` and the like are no tests of ours
 
+torch.optim.AdamW([nn.Parameter(torch.ones(1))]) # what PyTorch imports for its first optimizer may draw random numbers, once
 torch.set_num_threads(1) # on models this small, threads only wait for each other
 
 @pytest.fixture(autouse=True)
