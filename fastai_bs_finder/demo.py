@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from fastai_bs_finder.stats import relative_examples, relative_steps
     from fastai_bs_finder.finder import *
 
-# %% ../nbs/05_demo.ipynb #10d6bdc7
+# %% ../nbs/05_demo.ipynb #b397aef9
 def convnet(
     c_in:int, # Channels of an image
     c_out:int # Classes
@@ -34,7 +34,7 @@ def convnet(
 def image_learner(
     x:np.ndarray, # Images: N×H×W, or N×H×W×channels
     y:np.ndarray # Classes, N
-)->Learner:
+)->Learner: # With a small convnet and a fifth of the images for validation
     "A learner for images in memory"
     if x.ndim not in (3,4) or len(x)!=len(y) or y.ndim!=1:
         raise ValueError(f"expected images of shape N×H×W or N×H×W×channels and N classes, got {x.shape} and {y.shape}")
@@ -88,11 +88,11 @@ def _some(columns):
     names = [repr(str(o)) for o in columns]
     return ', '.join(names[:20]) + (f' and {len(names)-20} more' if len(names)>20 else '')
 
-# %% ../nbs/05_demo.ipynb #cf1e33e9
+# %% ../nbs/05_demo.ipynb #7014b7ef
 def get_learner(
     data:Path=None, # None: scikit-learn's digits; `.npz`: arrays `x_train` and `y_train`; `.csv`: a table
     target:str=None # Column of a table to predict
-)->Learner:
+)->Learner: # Not trained yet
     "The learner for a file of the user's, or for the digits"
     if data is None:
         digits = load_digits()
@@ -118,9 +118,9 @@ def costs(
     return pd.DataFrame({'batch size': [int(o) for o in sizes], 'steps': [relative_steps(o, noise_scale) for o in sizes],
         'examples': [relative_examples(o, noise_scale) for o in sizes], '': ['<- suggested' if o==bs else '' for o in sizes]})
 
-# %% ../nbs/05_demo.ipynb #968a67e9
+# %% ../nbs/05_demo.ipynb #a845017c
 def main(
-    args=None # Command line arguments; None: those that Python was started with
+    args:list=None # Command line arguments; None: those that Python was started with
 ):
     "Find a batch size for the digits or for your own data, and say what was found"
     parser = argparse.ArgumentParser(prog='python -m fastai_bs_finder.demo', description="Find a batch size for scikit-learn's digits, or for your own data.")

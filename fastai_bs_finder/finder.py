@@ -176,7 +176,7 @@ class _SearchProgress(Callback):
         self.bar.update(self.done)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #b2f4bbdf
+# %% ../nbs/04_finder.ipynb #5c8efa65
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -187,7 +187,7 @@ def bs_find(self:Learner,
     wd:float=None, # Weight decay; None: `learn.wd`
     method:str='accumulate', # Estimator: 'accumulate' (unbiased) or 'sequential' (the original article's)
     show_plot:bool=True, # Draw the noise scale with the suggestions
-    suggest_funcs=(BSSuggestion.Critical,) # Functions of the recorder that return a batch size; None: measure only
+    suggest_funcs:tuple=(BSSuggestion.Critical,) # Functions of the recorder that return a batch size; None: measure only
 ): # Named tuple of the suggestions, one field per function
     "Launch a mock training to find a good batch size and return suggestions as a named tuple; `learn.recorder` keeps the measurements"
     funcs = tuplify(suggest_funcs)

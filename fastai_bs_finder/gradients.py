@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_gradients.ipynb #1db61266
+# %% ../nbs/01_gradients.ipynb #bc2b0b3d
 def sq_norm(
-    tensors # Iterable of tensors, of any dtype and on any device
+    tensors:list # Iterable of tensors, of any dtype and on any device
 )->Tensor: # Their squared length, a float32 scalar (float64 for float64 tensors) on the device of the first
     "Sum of squares over all `tensors`"
     tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     b_small: float # Mean number of examples in a small batch
     b_big: int # Number of examples in the big batch
 
-# %% ../nbs/01_gradients.ipynb #3737f173
+# %% ../nbs/01_gradients.ipynb #00187e1d
 class Estimator:
     "What all estimators share: a window of `n_batch` batches, each weighted by its size"
     def __init__(self,
@@ -39,7 +39,7 @@ class Estimator:
     def _new_window(self): self.pair,self.step_now,self.n,self.size,self.first,self.small = None,False,0,0,None,0.
 
     def start(self,
-        params # Iterable of the parameters whose gradients count
+        params:list # Iterable of the parameters whose gradients count
     ):
         "Begin to watch `params`"
         self.params = list(params)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BSRecorder']
 
-# %% ../nbs/02_recorder.ipynb #ddaa495d
+# %% ../nbs/02_recorder.ipynb #2a172607
 import copyreg, math
 import pandas as pd, matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
-from fastai.learner import Recorder
+from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from .stats import noise_scale
 
-# %% ../nbs/02_recorder.ipynb #8f9456b5
+# %% ../nbs/02_recorder.ipynb #f7ddad32
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
@@ -21,8 +21,8 @@ class BSRecorder(Recorder):
 
     @classmethod
     def of(cls,
-        learn # `Learner` whose recorder is wanted
-    ): # The very recorder that `learn` had, now able to hold a noise scale
+        learn:Learner # The learner whose recorder is wanted
+    )->Recorder: # The very recorder that `learn` had, now able to hold a noise scale
         "Turn the recorder of `learn` into a `BSRecorder`, keeping all that is in it; a learner without a recorder gets one"
         rec = learn.__dict__.get('recorder')
         if rec is None: learn.add_cb(cls())
