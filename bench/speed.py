@@ -46,6 +46,6 @@ def main():
     print(f"xresnet18, batch 32, {args.batches} batches, n_batch {args.n_batch}: median of {args.rounds} rounds; plain training takes {1000*med(o['seconds'] for o in plain)/args.batches:.0f} ms a batch")
     table([{'method':m, 'time / plain':med(o['seconds']/p['seconds'] for o,p in zip(runs[m],plain)),
             'extra peak memory (MB)': f"{med(o['peak']-p['peak'] for o,p in zip(runs[m],plain))/mb:,.0f}",
-            'of which saved state (MB)': f"{runs[m][0]['state']/mb:,.0f}" if m in estimators else '0'} for m in methods])
+            'saved state, included (MB)': f"{runs[m][0]['state']/mb:,.0f}" if m in estimators else '0'} for m in methods])
 
 if __name__=='__main__': main()

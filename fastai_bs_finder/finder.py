@@ -25,7 +25,13 @@ from .gradients import estimators
 from .recorder import BSRecorder
 from .state import preserve
 
-# %% ../nbs/04_finder.ipynb #2b27a4c1
+# %% ../nbs/04_finder.ipynb #146a0bfa
+def _trainable(params):
+    "Those of `params` that get a gradient"
+    res = [p for p in params if p.requires_grad]
+    if not res: raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
+    return res
+
 def _n_items(dl): return dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
 
 class BSFinder(Callback):
@@ -46,8 +52,7 @@ class BSFinder(Callback):
         "Watch the parameters that the optimizer trains"
         if self.learn._grab_cbs(GradientAccumulation): raise ValueError("GradientAccumulation and BSFinder both decide when the optimizer steps: remove one of them. `learn.bs_find()` leaves GradientAccumulation out by itself")
         BSRecorder.of(self.learn)
-        params = [p for pl in self.opt.param_lists for p in pl if p.requires_grad]
-        if not params: raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
+        params = _trainable(p for pl in self.opt.param_lists for p in pl)
         self.noise_avg,self.scale_avg = MovingAverage(self.beta),MovingAverage(self.beta)
         self.n_seen,self.n_measured,self.total_loss,self.warned = 0,0,0.,False
         self.estimator = estimators[self.method](self.n_batch)
@@ -176,7 +181,7 @@ class _SearchProgress(Callback):
         self.bar.update(self.done)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #5c8efa65
+# %% ../nbs/04_finder.ipynb #ce29eebe
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -194,7 +199,7 @@ def bs_find(self:Learner,
     SuggestedBSs = _result_type(funcs)
     _check_lr(self.lr if lr is None else lr)
     if getattr(self, 'loss_func', None) is None: raise ValueError("the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
-    if not any(p.requires_grad for p in self.model.parameters()): raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
+    _trainable(self.model.parameters())
     _check_whole(bs=bs, num_it=num_it, n_batch=n_batch)
     _check_loader(self.dls.train, bs)
     finder = BSFinder(n_batch=n_batch, beta=beta, method=method)

@@ -10,14 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_gradients.ipynb #bc2b0b3d
+# %% ../nbs/01_gradients.ipynb #495f803a
+def _norm(t):
+    if t.is_sparse: t = t.coalesce().values()
+    return torch.linalg.vector_norm(t, dtype=torch.float64 if t.dtype==torch.float64 else torch.float32)
+
+def _sum_sq(norms): return torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
+
 def sq_norm(
     tensors:list # Iterable of tensors, of any dtype and on any device
 )->Tensor: # Their squared length, a float32 scalar (float64 for float64 tensors) on the device of the first
     "Sum of squares over all `tensors`"
-    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    norms = [torch.linalg.vector_norm(t, dtype=torch.float64 if t.dtype==torch.float64 else torch.float32) for t in tensors]
-    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum()
+    return _sum_sq([_norm(t) for t in tensors])
 
 # %% ../nbs/01_gradients.ipynb #77ed354b
 class Pair(NamedTuple):
@@ -71,30 +75,29 @@ class Estimator:
         if not grads: raise RuntimeError("no parameter got a gradient: does the loss depend on the model's output, and is any layer unfrozen?")
         return grads
 
-# %% ../nbs/01_gradients.ipynb #e389efc0
+# %% ../nbs/01_gradients.ipynb #10fe0725
 class AccumulateEstimator(Estimator):
     "Hold the weights for `n_batch` batches, then step with their mean gradient (the method of arXiv 1812.06162, appendix A.1, on one device): unbiased"
     def start(self, params):
         super().start(params)
-        self.sq = []
+        self.norms = []
         self.hooks = [p.register_hook(self._seen) for p in self.params]
 
     def stop(self):
         for h in getattr(self, 'hooks', []): h.remove()
-        self.hooks,self.sq = [],[]
+        self.hooks,self.norms = [],[]
         super().stop()
 
-    def _seen(self, grad): self.sq.append(sq_norm([grad]))
+    def _seen(self, grad): self.norms.append(_norm(grad)) # one operation per parameter; the rest waits for `_add`
 
     def weight(self, bs):
         if self.n==self.n_batch: return 1.
         return bs/(self.first or bs)
 
     def _add(self, bs):
-        if not self.sq: self._grads() # nothing went backward: say so
-        sq = torch.stack([o.to(self.sq[0].device) for o in self.sq]).sum()
-        self.sq.clear()
-        self.small = self.small + sq * bs / (bs/self.first)**2 # the loss was multiplied with `weight`
+        if not self.norms: self._grads() # nothing went backward: say so
+        self.small = self.small + _sum_sq(self.norms) * bs / (bs/self.first)**2 # the loss was multiplied with `weight`
+        self.norms.clear()
         self.step_now = self.n==self.n_batch
 
     def _big(self):

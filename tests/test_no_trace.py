@@ -107,6 +107,14 @@ def assert_no_trace(make, search=find_bs):
         return train(learn)
     assert_same(run(noop), run(search))
 
+def assert_left_alone(make):
+    "A search leaves the learner as it was, and its training goes on as without one"
+    learn = make()
+    before = snapshot(learn)
+    find_bs(learn)
+    assert_untouched(learn, before)
+    assert_no_trace(make)
+
 @cache
 def reference(opt, workers, lr_find):
     "The training without `bs_find`"
@@ -161,11 +169,7 @@ def test_unwrapped_optimizer_is_the_same():
         learn = fresh()
         learn.opt_func = OptimWrapper(opt=torch.optim.AdamW(learn.model.parameters()))
         return learn
-    learn = learner()
-    before = snapshot(learn)
-    find_bs(learn)
-    assert_untouched(learn, before)
-    assert_no_trace(learner)
+    assert_left_alone(learner)
 
 def test_no_schedule_and_no_callback_of_bs_find_stays():
     "A second search finds the same as the first: nothing accumulates"
@@ -317,11 +321,7 @@ def test_plain_attributes_of_modules_stay(nm):
         learn = fresh()
         learn.model = Stateful(nm)
         return learn
-    learn = learner()
-    before = snapshot(learn)
-    find_bs(learn)
-    assert_untouched(learn, before)
-    assert_no_trace(learner)
+    assert_left_alone(learner)
 
 # --- callbacks
 
