@@ -1,5 +1,5 @@
 "What the benchmarks share: data, learners, exact values, the stack-and-concatenate baseline and a table printer."
-import argparse, os, warnings
+import argparse, os, sys, time, warnings
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai_bs_finder.all import *
-from fastai_bs_finder.stats import noise_and_scale
+from fastai_bs_finder.stats import noise_and_scale, noise_scale
 
 def parser(doc, **defaults):
     "Argument parser with one option per keyword, and `--data` where `data` is among them"
@@ -47,16 +47,19 @@ def small_convnet():
     return nn.Sequential(nn.Conv2d(1,8,5,stride=2,padding=2), nn.ReLU(), nn.Conv2d(8,16,3,stride=2,padding=1), nn.ReLU(),
         nn.Conv2d(16,16,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256,10))
 
-def exact_noise_and_scale(model, x, y, chunk=1000):
-    "`noise` and `scale` of all items, from the gradient of each (`torch.func`), in float64"
+def exact_noise_and_scale(model, loss_func, items, n_inp=1, chunk=250):
+    "`noise` and `scale` of all `items` (tensors, of which the first `n_inp` are inputs), from the gradient of each (`torch.func`), summed up in float64"
     from torch.func import functional_call, grad, vmap
     params = {k:v.detach() for k,v in model.named_parameters()}
-    def loss(params, x, y): return F.cross_entropy(functional_call(model, params, (x[None],)), y[None])
+    def loss(params, *b): return loss_func(functional_call(model, params, tuple(o[None] for o in b[:n_inp])), *(o[None] for o in b[n_inp:]))
+    per_example = vmap(grad(loss), (None,*[0]*len(items)))
     total,squares = 0.,0.
-    for xc,yc in zip(x.split(chunk), y.split(chunk)):
-        g = torch.cat([o.flatten(1) for o in vmap(grad(loss), (None,0,0))(params, xc, yc).values()], 1).double()
-        total,squares = total+g.sum(0), squares+g.square().sum().item()
-    n,mean_sq = len(x),(total/len(x)).square().sum().item()
+    for b in zip(*(o.split(chunk) for o in items)):
+        gs = [o.flatten(1) for o in per_example(params, *b).values()]
+        total = total + torch.cat([o.sum(0, dtype=torch.float64) for o in gs])
+        squares += sum(o.square().sum(dtype=torch.float64).item() for o in gs)
+    n = len(items[0])
+    mean_sq = (total/n).square().sum().item()
     noise = (squares/n - mean_sq)*n/(n-1)
     return noise, mean_sq - noise/n # what chance alone adds to the mean gradient of n items is not signal
 
@@ -70,10 +73,10 @@ class StopAfter(Callback):
 class StackFinder(StopAfter):
     "The baseline: keep the flat gradients of `n_batch` batches, stack them, take the mean (as both public fastai finders do)"
     order = MixedPrecision.order-4
-    def __init__(self, num_it, n_batch=20, beta=0.99):
+    def __init__(self, num_it, n_batch=10, beta=.998):
         super().__init__(num_it)
         self.n_batch,self.beta = n_batch,beta
-    def before_fit(self): self.stored,self.noise_avg,self.scale_avg,self.stats = [],MovingAverage(self.beta),MovingAverage(self.beta),[]
+    def before_fit(self): self.stored,self.running = [],RunningNoiseScale(self.beta)
     def before_step(self):
         self.stored.append(torch.cat([p.grad.flatten().view(-1,1) for p in self.model.parameters() if p.grad is not None]))
         if len(self.stored) < self.n_batch:
@@ -82,5 +85,4 @@ class StackFinder(StopAfter):
         grads = torch.cat(self.stored, dim=1)
         self.stored.clear()
         small,big,bs = (grads**2).sum(0).mean(), (grads.mean(1)**2).sum(), find_bs(self.yb)
-        noise,scale = noise_and_scale(small.item(), big.item(), bs, bs*self.n_batch)
-        self.stats.append((self.noise_avg.update(noise), self.scale_avg.update(scale)))
+        self.running.add(self.train_iter, *noise_and_scale(small.item(), big.item(), bs, bs*self.n_batch))

@@ -2,8 +2,8 @@
 
 The noise scale depends on how far training has come. With its default options a search ends after one epoch of batches, and
 `accumulate` steps once in `n_batch` of them; the rows with `num_it` go on for as many optimizer steps as one epoch of normal training
-has. Those of the first three tasks are kept as `results/curve_*.csv`, which `nbs/04_finder.ipynb` reads. The row `mnist, article's
-model` has the residual convnet of the article that brought the noise scale to fastai, all others of MNIST a plain small one."""
+has, and `split` takes those steps within one epoch. The first are kept as `results/curve_*.csv`, which `nbs/04_finder.ipynb` reads. The
+row `mnist, article's model` has the residual convnet of the article that brought the noise scale to fastai, all others of MNIST a plain small one."""
 from common import *
 from fastai.tabular.all import *
 
@@ -32,23 +32,22 @@ class TinyLM(Module):
         self.register_buffer('mask', nn.Transformer.generate_square_subsequent_mask(seq_len))
     def forward(self, x): return self.head(self.body(self.emb(x)+self.pos, mask=self.mask, is_causal=True))
 
-def republic(path, seq_len=64):
+def republic(path, seq_len=64, n=64):
     text = need(path/'republic.txt').read_text(encoding='utf-8')
     vocab = sorted(set(text))
     ids = torch.tensor([vocab.index(c) for c in text])
-    n = (len(ids)-1)//seq_len
-    return image_learner(ids[:n*seq_len].view(n,seq_len), ids[1:n*seq_len+1].view(n,seq_len), TinyLM(len(vocab)), bs=32)
+    rows = (len(ids)-1)//seq_len
+    return image_learner(ids[:rows*seq_len].view(rows,seq_len), ids[1:rows*seq_len+1].view(rows,seq_len), TinyLM(len(vocab), n, seq_len), bs=32)
 
-# learning rate and, for the run over an epoch's worth of optimizer steps, n_batch
-tasks = {'mnist': (mnist,.05,20), 'adult': (adult,1e-3,20), 'republic': (republic,1e-3,5), "mnist, article's model": (partial(mnist, model=article_model),.05,5)}
+tasks = {'mnist': (mnist,.05), 'adult': (adult,1e-3), 'republic': (republic,1e-3), "mnist, article's model": (partial(mnist, model=article_model),.05)}
 
 def row(task, learn, lr, **kw):
     "Search, and what came out as a row of the table"
     with learn.no_bar(): sugg = learn.bs_find(lr, show_plot=False, **kw)
     ns = learn.recorder.bs_find_stats.noise_scale
     k = max(1, len(ns)//10)
-    return dict(task=task, options=', '.join(f'{k}={v}' for k,v in kw.items()) or 'defaults', **{'optimizer steps': len(ns) if kw.get('method')!='sequential' else int(ns.index[-1]),
-        'first':float(ns.iloc[0]), 'lowest':float(ns.min()), 'end (median of last tenth)':float(ns.iloc[-k:].median()), 'critical':str(sugg.critical)})
+    return dict(task=task, options=', '.join(f'{k}={v}' for k,v in kw.items()) or 'defaults', **{'optimizer steps': len(ns) if 'method' not in kw else int(ns.index[-1]),
+        'first':float(ns.iloc[0]), 'lowest':float(ns.min()), 'end (median of last tenth)':float(ns.iloc[-k:].median()), 'critical':str(sugg.critical), 'summary':learn.recorder.bs_find_summary()})
 
 def main():
     p = parser(__doc__, data=True, seed=0)
@@ -56,15 +55,15 @@ def main():
     args = p.parse_args()
     RESULTS.mkdir(exist_ok=True)
     rows = []
-    for task,(make,lr,n_batch) in tasks.items():
+    for task,(make,lr) in tasks.items():
         if args.task not in (None,task): continue
         def fresh():
             set_seed(args.seed)
             return make(args.data)
         rows.append(row(task, fresh(), lr))
-        if task=='mnist': rows.append(row(task, fresh(), lr, method='sequential'))
+        for method in ('split','sequential'): rows.append(row(task, fresh(), lr, method=method))
         learn = fresh()
-        rows.append(row(task, learn, lr, n_batch=n_batch, num_it=n_batch*len(learn.dls.train)))
+        rows.append(row(task, learn, lr, num_it=5*len(learn.dls.train)))
         if task.isalpha(): learn.recorder.bs_find_stats.to_csv(RESULTS/f'curve_{task}.csv', float_format='%.6g')
     table(rows)
 

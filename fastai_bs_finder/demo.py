@@ -118,7 +118,7 @@ def costs(
     return pd.DataFrame({'batch size': [int(o) for o in sizes], 'steps': [relative_steps(o, noise_scale) for o in sizes],
         'examples': [relative_examples(o, noise_scale) for o in sizes], '': ['<- suggested' if o==bs else '' for o in sizes]})
 
-# %% ../nbs/05_demo.ipynb #a845017c
+# %% ../nbs/05_demo.ipynb #a233dea5
 def main(
     args:list=None # Command line arguments; None: those that Python was started with
 ):
@@ -139,7 +139,7 @@ def main(
         except ValueError as e: parser.error(str(e))
         learn.path = Path(tmp) # where `lr_find` keeps the weights meanwhile
         bs,n_items = learn.dls.train.bs,len(learn.dls.train_ds)
-        n_batch = max(2, min(20, n_items//bs))
+        n_batch = max(2, min(5, n_items//bs))
         num_it = max(800, len(learn.dls.train)) if args.num_it is None else args.num_it
         if num_it < 2*n_batch: parser.error(f"--num_it must be at least {2*n_batch} for this data, got {num_it}")
         with nullcontext() if sys.stdout.isatty() else learn.no_bar(): # a progress bar fills a file with a line per batch
@@ -148,13 +148,14 @@ def main(
     rec = learn.recorder
     print(f"\nData:           {args.data or 'the digits of scikit-learn'}, {n_items:,} training items in batches of {bs}")
     print(f"Learning rate:  {lr:.2g} (lr_find)")
-    if sugg is None or sugg.critical is None: return print("Batch size:     none found, see the warning above")
-    print(f"Noise scale:    {rec.noise_scale[0]:,.0f} at first, {rec.noise_scale[-1]:,.0f} after {rec.n_iter[-1]} batches")
-    print(f"Batch size:     {sugg.critical} (bs_find: where the noise scale settles, as a power of two)\n")
-    print(f"To get to the same loss at a noise scale of {rec.noise_scale[-1]:,.0f}, as a multiple of the least possible:\n")
-    print(costs(sugg.critical, rec.noise_scale[-1], n_items).round(1).to_string(index=False))
-    print(f"\nThis looked at the first {len(rec.noise_scale)} optimizer steps of a training, one in {n_batch} batches. Later the noise scale\n"
-          f"is usually larger: --num_it {10*num_it} looks ten times as far.\n")
+    if sugg is None: return print("Batch size:     none found, see the warning above")
+    ns = rec.settled().noise_scale
+    print(f"Found:          {rec.bs_find_summary()}")
+    if sugg.critical is None: return
+    print(f"Batch size:     {sugg.critical} (bs_find: the power of two nearest to it)\n")
+    print(f"To get to the same loss at a noise scale of {ns:,.0f}, as a multiple of the least possible:\n")
+    print(costs(sugg.critical, ns, n_items).round(1).to_string(index=False))
+    print(f"\nThis looked at the beginning of a training. Later the noise scale is usually larger:\n--num_it {10*num_it} looks ten times as far.\n")
     rec.plot_bs_find(suggestions=sugg, nms=sugg._fields, return_fig=True).savefig(args.out)
     print(f"Picture:        {args.out}")
 

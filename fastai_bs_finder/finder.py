@@ -5,58 +5,100 @@
 # %% auto #0
 __all__ = ['BSFinder', 'critical', 'BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #1f62b92e
+# %% ../nbs/04_finder.ipynb #054f3b3b
 import math
 from collections import namedtuple
 from functools import partial
 from warnings import warn
 import numpy as np, torch
+from torch import Tensor
 from fastcore.basics import mk_class, patch, tuplify
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import find_bs
+from fastai.torch_core import apply, find_bs
 from fastprogress.fastprogress import progress_bar
-from .stats import MovingAverage, nearest_pow2, noise_and_scale
-from .gradients import estimators
+from .stats import RunningNoiseScale, nearest_pow2, noise_and_scale
+from .gradients import MicroBatches, auto_method, estimators
 from .recorder import BSRecorder
-from .state import preserve
+from .state import preserve, saved_random_state
 
-# %% ../nbs/04_finder.ipynb #146a0bfa
+# %% ../nbs/04_finder.ipynb #7ae5d696
 def _trainable(params):
     "Those of `params` that get a gradient"
     res = [p for p in params if p.requires_grad]
     if not res: raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
     return res
 
+def _check_whole(**kwargs):
+    for k,v in kwargs.items():
+        if v is not None and not isinstance(v, (int,np.integer)): raise ValueError(f"{k} must be a whole number, got {v!r}")
+
+_least = 10 # measurements before `tol` may end a search: fewer don't know how much they scatter
 def _n_items(dl): return dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
+
+def _reduction(loss_func, pred, yb):
+    "How `loss_func` puts the losses of a batch together: what it says about itself, or how its value changes when the batch is there twice"
+    for o in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'keywords',None)):
+        said = o.get('reduction') if isinstance(o, dict) else getattr(o, 'reduction', None)
+        if said in ('mean','sum','batchmean'): return said
+    def twice(o): return apply(lambda t: torch.cat([t,t]) if isinstance(t, Tensor) and t.ndim else t, o)
+    try:
+        with torch.no_grad(), saved_random_state(): once,two = (float(loss_func(p, *y)) for p,y in ((pred,yb), (twice(pred),twice(tuple(yb)))))
+    except Exception: return 'mean'
+    return 'sum' if once and two/once > 1.5 else 'mean'
+
+def _n_tokens(pred, yb):
+    "Tokens in a sequence where each has a prediction of its own, as in a language model; None otherwise"
+    y = yb[0]
+    if isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.ndim==3 and y.ndim==2 and pred.shape[:2]==y.shape and not y.is_floating_point(): return y.shape[1]
 
 class BSFinder(Callback):
     "Measure the gradient noise scale while training and record it in `learn.recorder`"
     order,run_valid = MixedPrecision.order-4,False
     def __init__(self,
         num_it:int=None, # Batches after which to end the fit, without validation; None: measure as long as the fit lasts
-        n_batch:int=20, # Batches in a measurement window, at least 2
-        beta:float=0.99, # Decay of the moving averages per measurement: they reach back about `1/(1-beta)` windows
-        method:str='accumulate' # Estimator: 'accumulate' (unbiased; one optimizer step a window) or 'sequential' (a step every batch; biased while weights move)
+        n_batch:int=5, # Batches in a measurement, at least 2
+        beta:float=0.998, # Weight that a measurement keeps per batch that passes: the averages reach back about `1/(1-beta)` batches
+        method:str='auto', # Estimator: 'accumulate' (one optimizer step a measurement), 'split', 'per_example' or 'sequential' (a step every batch); 'auto': see `auto_method`
+        k:int=4, # Micro-batches that 'split' cuts a batch into, at least 2
+        tol:float=None, # End the fit as soon as the 95% interval lies within a factor of 1±tol; None: don't
+        reduction:str=None # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     ):
-        if method not in estimators: raise ValueError(f"method must be one of {', '.join(map(repr, estimators))}, got {method!r}")
-        if n_batch < 2: raise ValueError(f"n_batch must be at least 2, got {n_batch}: a window of one batch has no second gradient to compare with")
-        self.num_it,self.n_batch,self.method = num_it,n_batch,method
-        self.beta,self.noise_avg,self.scale_avg,self.estimator = beta,MovingAverage(beta),MovingAverage(beta),None
+        if method!='auto' and method not in estimators: raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, estimators))}, got {method!r}")
+        _check_whole(num_it=num_it, n_batch=n_batch, k=k)
+        for nm,v,what in (('n_batch',n_batch,'a window of one batch'), ('k',k,'a batch in one piece')):
+            if v < 2: raise ValueError(f"{nm} must be at least 2, got {v}: {what} has no second gradient to compare with")
+        if tol is not None and not (isinstance(tol, (int,float,np.number)) and 0 < tol < 1): raise ValueError(f"tol must be between 0 and 1, got {tol}: 0.25 asks for an interval within 25% of the noise scale")
+        if reduction not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
+        self.num_it,self.n_batch,self.beta,self.method,self.k,self.tol,self.reduction = num_it,n_batch,beta,method,k,tol,reduction
+        self.running,self.estimator = RunningNoiseScale(beta),None
 
     def before_fit(self):
         "Watch the parameters that the optimizer trains"
         if self.learn._grab_cbs(GradientAccumulation): raise ValueError("GradientAccumulation and BSFinder both decide when the optimizer steps: remove one of them. `learn.bs_find()` leaves GradientAccumulation out by itself")
+        if any(type(o).__name__=='DistributedTrainer' for o in self.learn.cbs): raise ValueError("BSFinder measures within one process, and DistributedTrainer shares each batch among several: search outside of `distrib_ctx`, on one of them")
+        if len(self.learn._grab_cbs(BSFinder)) > 1: raise ValueError("there is a BSFinder on the learner already: remove it, or this one")
+        self._stop() # what an interrupted fit left
         BSRecorder.of(self.learn)
         params = _trainable(p for pl in self.opt.param_lists for p in pl)
-        self.noise_avg,self.scale_avg = MovingAverage(self.beta),MovingAverage(self.beta)
-        self.n_seen,self.n_measured,self.total_loss,self.warned = 0,0,0.,False
-        self.estimator = estimators[self.method](self.n_batch)
-        self.estimator.start(params)
+        self.running = RunningNoiseScale(self.beta)
+        self.n_seen,self.n_measured,self.n_max,self.warned,self.n_tokens = 0,0,0,False,None
+        self.sums,self.total_loss,self.sum_loss,self.orig_loss = 0.,0.,None,self.learn.loss_func # MixUp puts its own in place of it later
+        method = auto_method(self.model, self.n_batch, len(self.learn.dls.train), getattr(self.learn.dls.train, 'bs', None)) if self.method=='auto' else self.method
+        between = [type(o).__name__ for c in (MixedPrecision,MixHandler) for o in self.learn._grab_cbs(c)]
+        if estimators[method].needs_model and between: raise ValueError(f"{method} computes the gradients of single examples itself, without {' and '.join(between)}. Use method='accumulate'")
+        self.estimator = estimators[method](**{'accumulate': dict(n=self.n_batch), 'sequential': dict(n=self.n_batch), 'split': dict(k=self.k)}.get(method, {}))
+        self.estimator.start(params, self.model, self.loss_func)
+
+    def before_train(self):
+        "Let the estimator cut the batches"
+        self.n_whole,self.progress = len(self.learn.dl),(self.learn.pct_train,self.learn.train_iter)
+        self.learn.dl = self.estimator.batches(self.learn.dl)
 
     def before_batch(self):
         "A gradient needs a loss, and a loss needs a target"
@@ -64,35 +106,65 @@ class BSFinder(Callback):
 
     def after_loss(self):
         "Let batches count by their size"
-        self.total_loss = self.total_loss + self.learn.loss.detach()
-        weight = self.estimator.weight(find_bs(self.learn.yb))
+        if self.sum_loss is None:
+            self.sum_loss = (self.reduction or _reduction(self.orig_loss, self.learn.pred, self.learn.yb))=='sum'
+            self.n_tokens = _n_tokens(self.learn.pred, self.learn.yb)
+            if self.estimator.needs_model: self.estimator.check(self.learn.loss_func, self.learn.pred, self.learn.yb)
+            if self.n_tokens and hasattr(self.model, 'reset') and isinstance(self.estimator, estimators['split']):
+                warn("This language model carries its hidden state from batch to batch, and 'split' hands it from one part of a batch to the next, which continues other texts. Use method='accumulate'")
+        self.total_loss = self.total_loss + self.learn.loss.detach().as_subclass(Tensor)
+        bs = find_bs(self.learn.yb)
+        weight = self.estimator.weight(bs)
+        if self.sum_loss: weight /= bs # measured is the gradient of the mean
         if weight != 1: self.learn.loss_grad = self.learn.loss_grad * weight
 
     def before_step(self):
         "Take the gradients' lengths, and hold the optimizer back until the estimator lets it step"
-        self.estimator.add(find_bs(self.learn.yb))
+        est = self.estimator
+        est.add(find_bs(self.learn.yb), self.learn.xb, self.learn.yb)
+        if est.pair: self._collect(est.pair)
+        if not est.step_now: raise CancelBatchException()
+        if self.sum_loss: torch._foreach_mul_([p.grad for p in est.params if p.grad is not None], est.step_size) # the optimizer gets the gradient that it is used to
+
+    def _collect(self, pair):
+        "Add a pair to the measurement, on the device, without waiting for it"
+        noise,scale = noise_and_scale(*pair)
         scaler = getattr(self.learn, 'scaler', None)
-        self.loss_scale = scaler.get_scale() if self.estimator.pair and scaler is not None else 1.
-        if not self.estimator.step_now: raise CancelBatchException()
+        if scaler is not None: noise,scale = (o/scaler.scale(torch.ones_like(self.learn.loss)).to(o)**2 for o in (noise,scale))
+        ok = (noise+scale).isfinite()
+        self.sums = self.sums + torch.stack([torch.where(ok, noise, 0.)*pair.b_big, torch.where(ok, scale, 0.)*pair.b_big, ok*float(pair.b_big), (~ok).to(noise)])
+        self.estimator.pair,self.n_max = None,max(self.n_max, pair.b_big)
 
     def after_batch(self):
         "At the end of a window, record; at the end of the search, end the fit"
+        done = self.estimator.batch_done
+        if isinstance(self.learn.dl, MicroBatches): # schedules go by whole batches
+            if done: self.progress = self.progress[0]+1/(self.n_whole*self.n_epoch),self.progress[1]+1
+            self.learn.pct_train,self.learn.train_iter = self.progress
+        if not done: return
         self.n_seen += 1
-        if self.estimator.pair: self._measure(self.estimator.pair)
+        if self.n_seen%self.n_batch==0: self._measure()
         if self.num_it is not None and self.n_seen >= self.num_it: raise CancelFitException()
 
-    def _measure(self, pair):
-        small,big,loss = torch.stack([pair.small, pair.big, self.total_loss.to(pair.small)]).tolist() # here, and only here, we wait for the device
-        self.estimator.pair,self.total_loss = None,0.
-        if not all(map(math.isfinite, (small,big,loss))): return self._not_finite(loss)
-        noise,scale = noise_and_scale(small/self.loss_scale**2, big/self.loss_scale**2, pair.b_small, pair.b_big)
-        self.bs = pair.b_small
-        if self.n_measured==0: self.recorder.start_search(_n_items(self.learn.dls.train))
+    def _measure(self):
+        sums,loss,self.sums,self.total_loss = self.sums,self.total_loss,0.,0.
+        if not isinstance(sums, Tensor): sums = torch.zeros(4, device=loss.device) # no batch was large enough
+        noise,scale,size,n_bad,loss = torch.cat([sums, loss.to(sums).view(1)]).tolist() # here, and only here, we wait for the device
+        if n_bad or not math.isfinite(loss): self._not_finite(loss)
+        if not size: return
+        if self.n_measured==0: self.recorder.start_search(_n_items(self.learn.dls.train), self.n_tokens)
         self.n_measured += 1
-        self.recorder.add_measurement(self.n_seen, self.noise_avg.update(noise), self.scale_avg.update(scale))
+        self.running.add(self.n_seen, noise/size, scale/size, size)
+        lower,upper = self.running.interval()
+        self.recorder.add_measurement(self.n_seen, *self.running.means(), lower, upper)
+        ns = self.recorder.noise_scale[-1]
+        if self.tol is not None and self.n_measured >= _least and (1-self.tol)*ns <= lower and upper <= (1+self.tol)*ns:
+            self.recorder.__dict__['ended_by_tol'] = True
+            raise CancelFitException()
 
     def _not_finite(self, loss):
-        if math.isfinite(loss) and self.loss_scale != 1: return # an overflow of the scaled gradients, which the scaler answers
+        scaler = getattr(self.learn, 'scaler', None)
+        if math.isfinite(loss) and scaler is not None and scaler.is_enabled(): return # an overflow of the scaled gradients, which the scaler answers
         if not self.warned: warn(f"The {'gradient' if math.isfinite(loss) else 'loss'} became NaN or infinite between batches {self.n_seen-self.n_batch+1} and {self.n_seen}. "
                                  f"{self.n_measured} measurements were made before that and are kept. A lower learning rate usually helps")
         self.warned = True
@@ -103,30 +175,30 @@ class BSFinder(Callback):
         if self.num_it is not None: raise CancelValidException()
 
     def after_fit(self):
-        "Leave nothing of an unfinished window in the gradients, or the next fit would add to it"
-        if not self.estimator.step_now: self.opt.zero_grad()
+        "Leave nothing behind, least of all an unfinished window in the gradients: the next fit would add to it"
         self._stop()
 
     def _stop(self):
         if self.estimator is not None: self.estimator.stop()
+        dl = getattr(self.learn, 'dl', None)
+        if isinstance(dl, MicroBatches): self.learn.dl = dl.dl
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._stop() # fastai takes a callback away after an error too, but without `after_fit`
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
 
-# %% ../nbs/04_finder.ipynb #138d3acb
+# %% ../nbs/04_finder.ipynb #3151e4de
 def critical(
     rec:BSRecorder # Recorder of a finished search
 )->int: # A power of two between 1 and the number of training items, or None if the signal drowned
     "The batch size where the noise scale settles: the median of the last quarter of the curve (rounded to a power of two)"
-    ns = rec.noise_scale[-max(1, len(rec.noise_scale)//4):]
-    settled = sorted(ns)[(len(ns)-1)//2]
+    settled = rec.settled().noise_scale
     return nearest_pow2(settled, rec.n_items) if math.isfinite(settled) else None
 
 mk_class("BSSuggestion", Critical=critical, doc="Suggestion functions, as attributes to get tab-completion and typo-proofing")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #33d0a989
+# %% ../nbs/04_finder.ipynb #8aeb7f96
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
     for f in funcs:
@@ -135,10 +207,6 @@ def _result_type(funcs):
     try: return namedtuple('SuggestedBSs', nms)
     except ValueError:
         raise ValueError(f"each suggestion function needs a name of its own, to be a field of the result, got {', '.join(nms)}: define them with `def`, without a leading underscore") from None
-
-def _check_whole(**kwargs):
-    for k,v in kwargs.items():
-        if v is not None and not isinstance(v, (int,np.integer)): raise ValueError(f"{k} must be a whole number, got {v!r}")
 
 def _check_lr(lr):
     for o in ([lr.start, lr.stop] if isinstance(lr, slice) else np.ravel(lr)):
@@ -165,32 +233,32 @@ def _with_bs(dl, bs):
 def _check_result(rec, window):
     "Say so where the windows were too large for the data, or no signal was left"
     if window > rec.n_items: warn(f"A window of {window:,} examples is more than the {rec.n_items:,} of the training set, so its batches share examples and the noise scale comes out too low. Lower n_batch or bs", stacklevel=3)
-    n = sum(map(math.isinf, rec.noise_scale))
-    if n: warn(f"In {n} of {len(rec.noise_scale)} measurements the gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise n_batch, num_it or bs", stacklevel=3)
+    if math.isinf(rec.settled().noise_scale): warn("The gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise num_it, n_batch or bs", stacklevel=3)
 
-# %% ../nbs/04_finder.ipynb #f7ca3339
+# %% ../nbs/04_finder.ipynb #7e9e942f
 class _SearchProgress(Callback):
     "One progress bar for all batches of a search"
     order = ProgressCallback.order
-    def __init__(self, total): self.total = total
+    def __init__(self, finder): self.finder = finder
     def before_fit(self):
-        self.bar,self.done = progress_bar(range(self.total), leave=False),0
+        self.bar = progress_bar(range(self.finder.num_it), leave=False)
         self.bar.update(0)
-    def after_batch(self):
-        self.done += 1
-        self.bar.update(self.done)
+    def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #ce29eebe
+# %% ../nbs/04_finder.ipynb #aff21289
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
     bs:int=None, # Batch size to measure with; None: that of `learn.dls`
-    num_it:int=None, # Batches to process, in whole windows; None: one epoch, or 10 windows if that is more
-    n_batch:int=20, # Batches in a measurement window
-    beta:float=0.99, # Decay of the moving averages per measurement
+    num_it:int=None, # Batches to process, in whole windows; None: one epoch, or 200 batches if that is more
+    n_batch:int=5, # Batches in a measurement
+    beta:float=0.998, # Weight that a measurement keeps per batch that passes: the averages reach back about `1/(1-beta)` batches
     wd:float=None, # Weight decay; None: `learn.wd`
-    method:str='accumulate', # Estimator: 'accumulate' (unbiased) or 'sequential' (the original article's)
+    method:str='auto', # Estimator: 'accumulate', 'split', 'per_example' or 'sequential'; 'auto': see `auto_method`
+    k:int=4, # Micro-batches that 'split' cuts a batch into
+    tol:float=None, # Stop as soon as the 95% interval lies within a factor of 1±tol, at the latest after `num_it`; None: don't
+    reduction:str=None, # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     show_plot:bool=True, # Draw the noise scale with the suggestions
     suggest_funcs:tuple=(BSSuggestion.Critical,) # Functions of the recorder that return a batch size; None: measure only
 ): # Named tuple of the suggestions, one field per function
@@ -200,21 +268,22 @@ def bs_find(self:Learner,
     _check_lr(self.lr if lr is None else lr)
     if getattr(self, 'loss_func', None) is None: raise ValueError("the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
     _trainable(self.model.parameters())
-    _check_whole(bs=bs, num_it=num_it, n_batch=n_batch)
+    _check_whole(bs=bs, num_it=num_it)
     _check_loader(self.dls.train, bs)
-    finder = BSFinder(n_batch=n_batch, beta=beta, method=method)
+    finder = BSFinder(n_batch=n_batch, beta=beta, method=method, k=k, tol=tol, reduction=reduction)
     _check_windows(num_it, n_batch)
     rec,show_bar = BSRecorder.of(self),bool(self._grab_cbs(ProgressCallback))
     with preserve(self):
         if bs is not None: self.dls.train = _with_bs(self.dls.train, bs)
-        finder.num_it = (max(len(self.dls.train), 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole windows
+        finder.num_it = (max(len(self.dls.train), 200, 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole windows
         self.model.zero_grad(set_to_none=False) # what was left over would be added to the first window's gradients
-        cbs = [finder] + ([_SearchProgress(finder.num_it)] if show_bar else [])
+        cbs = [finder] + ([_SearchProgress(finder)] if show_bar else [])
         with self.no_logging(): self.fit(math.ceil(finder.num_it/len(self.dls.train)), lr, wd=wd, cbs=cbs)
     if not finder.n_measured:
-        warn("bs_find made no measurement, so it has no suggestion", stacklevel=2)
+        why = '' if finder.n_max or finder.warned else f": no batch was large enough for method={finder.method!r}. Use method='accumulate'"
+        warn(f"bs_find made no measurement, so it has no suggestion{why}", stacklevel=2)
         return
-    _check_result(rec, round(n_batch*finder.bs))
+    _check_result(rec, finder.n_max)
     sugg = SuggestedBSs(*(f(rec) for f in funcs))
     if show_plot: rec.plot_bs_find(suggestions=sugg, nms=sugg._fields)
     if funcs: return sugg

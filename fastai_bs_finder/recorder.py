@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['BSRecorder']
 
-# %% ../nbs/02_recorder.ipynb #2a172607
+# %% ../nbs/02_recorder.ipynb #12fdf899
 import copyreg, math
 import pandas as pd, matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
-from .stats import noise_scale
+from .stats import nearest_pow2, noise_scale
 
-# %% ../nbs/02_recorder.ipynb #f7ddad32
+# %% ../nbs/02_recorder.ipynb #69d83367
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
-    noise,scale,noise_scale,n_iter,n_items = (),(),(),(),math.inf
+    noise,scale,noise_scale,lower,upper,n_iter,n_items,n_tokens,ended_by_tol = (),(),(),(),(),(),math.inf,None,False
 
     @classmethod
     def of(cls,
@@ -32,35 +32,57 @@ class BSRecorder(Recorder):
         return learn.recorder
 
     def start_search(self,
-        n_items:int # Items in the training set: no batch size can be larger
+        n_items:int, # Items in the training set: no batch size can be larger
+        n_tokens:float=None # For language models, tokens in a sequence; None for all others
     ):
         "Forget the noise scale of an earlier search"
         # Not by `setattr`: `Callback` warns when the model happens to have an attribute of the same name
-        self.__dict__.update(noise=[], scale=[], noise_scale=[], n_iter=[], n_items=n_items)
+        self.__dict__.update({k:[] for k in _series}, n_items=n_items, n_tokens=n_tokens, ended_by_tol=False)
 
     def add_measurement(self,
         n_iter:int, # Batches processed so far
         noise:float, # tr Σ, smoothed
-        scale:float # |G|², smoothed
+        scale:float, # |G|², smoothed
+        lower:float=0., # Lower end of the noise scale's 95% interval
+        upper:float=math.inf # Upper end; `inf`: no noise scale is too large
     ):
         "Record one measurement"
-        for k,v in zip(_series, (noise, scale, noise_scale(noise, scale), n_iter)): getattr(self, k).append(v)
+        for k,v in zip(_series, (noise, scale, noise_scale(noise, scale), lower, upper, n_iter)): getattr(self, k).append(v)
 
     @property
     def bs_find_stats(self):
-        "DataFrame of `noise`, `scale` and `noise_scale`, one row a measurement, indexed by the number of batches processed"
-        return pd.DataFrame({k: getattr(self,k) for k in _series[:3]}, index=pd.Index(self.n_iter, name='n_iter'), dtype=float)
+        "DataFrame of `noise`, `scale`, `noise_scale` and its 95% interval, `lower` to `upper`, one row a measurement, indexed by the number of batches processed; for language models also the noise scale in `tokens`"
+        df = pd.DataFrame({k: getattr(self,k) for k in _series[:-1]}, index=pd.Index(self.n_iter, name='n_iter'), dtype=float)
+        return df if self.n_tokens is None else df.assign(tokens=df.noise_scale*self.n_tokens)
+
+    def settled(self)->pd.Series: # The row of `bs_find_stats`
+        "The measurement in the middle (the median by noise scale) of the last quarter of the curve; the very last, if the search ended because that was sure enough"
+        df = self.bs_find_stats
+        if df.empty: raise ValueError(_nothing)
+        if self.ended_by_tol: return df.iloc[-1]
+        last = df.iloc[-max(1, len(df)//4):].sort_values('noise_scale', kind='stable')
+        return last.iloc[(len(last)-1)//2]
+
+    def bs_find_summary(self)->str: # One sentence
+        "What was found, how sure it is, and between which powers of two it leaves the choice"
+        row,unit = self.settled(),'' if self.n_tokens is None else f' sequences of {self.n_tokens:,.0f} tokens'
+        low,high = (nearest_pow2(o, max(1, self.n_items)) if o < math.inf else None for o in (row.lower, row.upper))
+        if not math.isfinite(row.noise_scale) or high is None:
+            if not row.lower: return "critical batch size unknown: the gradient drowned in noise, and more batches are needed to see it"
+            return f"critical batch size at least {_batch_sizes(row.lower)}{unit}, 95% interval {_batch_sizes(row.lower)} to inf, so {low:,} or more"
+        choice = f"{high:,}" if low==high else f"{low:,} or {high:,}" if high==2*low else f"{low:,} to {high:,}"
+        return f"critical batch size {_batch_sizes(row.noise_scale)}{unit}, 95% interval {_batch_sizes(row.lower)} to {_batch_sizes(row.upper)}, so {choice}"
 
     def __reduce_ex__(self, protocol):
         "Pickle as a plain `Recorder`, so that an exported learner opens where this package is not installed"
         base = next(o for o in type(self).__mro__ if not issubclass(o, BSRecorder))
-        return copyreg._reconstructor, (base, object, None), {k:v for k,v in self.__getstate__().items() if k not in (*_series,'n_items')}
+        return copyreg._reconstructor, (base, object, None), {k:v for k,v in self.__getstate__().items() if k not in (*_series,'n_items','n_tokens','ended_by_tol')}
 
-_series = 'noise','scale','noise_scale','n_iter'
+_series = 'noise','scale','noise_scale','lower','upper','n_iter'
+_nothing = "nothing was measured yet: call `learn.bs_find()` first"
+def _batch_sizes(v, pos=None): return f'{v:.2g}' if v < 10 else f'{v:,.0f}'
 
-# %% ../nbs/02_recorder.ipynb #fd9ad436
-def _batch_sizes(v, pos=None): return f'{v:g}' if v < 1 else f'{v:,.0f}'
-
+# %% ../nbs/02_recorder.ipynb #b0e8cbec
 @patch
 def plot_bs_find(self:Recorder,
     skip_start:int=0, # Measurements at the beginning to leave out
@@ -70,13 +92,16 @@ def plot_bs_find(self:Recorder,
 ):
     "Plot the result of a batch size search (won't work if you didn't do `learn.bs_find()` before)"
     df = self.bs_find_stats.iloc[skip_start:] if isinstance(self, BSRecorder) else pd.DataFrame()
-    if df.empty: raise ValueError("there is nothing to plot: no measurement was recorded. Call `learn.bs_find()` first")
+    if df.empty: raise ValueError(_nothing)
     fig,(ax,parts) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
     seen = df.noise_scale.where(df.noise_scale.between(0, math.inf, inclusive='neither'))
     ax.plot(df.index, seen, marker='.' if len(df)<50 else None)
-    ax.set(xlabel='Batches processed', ylabel='Gradient noise scale (examples)')
     ax.set_yscale('log', base=2)
-    shown = [math.log2(o) for o in (*seen.dropna(), *(suggestions or ())) if o]
+    ax.set(xlabel='Batches processed', ylabel='Gradient noise scale (' + ('examples)' if self.n_tokens is None else f'sequences of {self.n_tokens:,.0f} tokens)'))
+    known = df[df.upper.lt(math.inf) & df.lower.gt(0)]
+    shown = [math.log2(o) for o in (*seen.dropna(), *known.lower.iloc[-1:], *known.upper.iloc[-1:], *(suggestions or ())) if o]
+    band = df.lower.clip(lower=2.**-30), df.upper.clip(upper=2.**60) # a logarithmic axis has no room for 0 and inf
+    if len(known): ax.fill_between(df.index, *band, alpha=.15, lw=0, label='95% interval')
     if shown: ax.set_ylim(2**math.floor(min(shown)-.1), 2**math.ceil(max(shown)+.1)) # whole doublings, so that there are labels
     ax.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(_batch_sizes))

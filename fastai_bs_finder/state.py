@@ -129,7 +129,7 @@ def saved_random_state():
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         if mps is not None: torch.mps.set_rng_state(mps)
 
-# %% ../nbs/03_state.ipynb #d2dc4b07
+# %% ../nbs/03_state.ipynb #a888bb17
 _shaping = 'before_train before_batch after_pred after_loss before_backward after_backward before_step'.split()
 _wrappers = 'ParallelTrainer','ChannelsLast'
 _watchers = tuple(f'fastai.callback.{o}' for o in 'azureml captum comet neptune tensorboard tracker wandb'.split())
@@ -140,6 +140,7 @@ def takes_part(
     "Does `cb` change what is trained, so that a mock training needs it?"
     if isinstance(cb, (Recorder,ProgressCallback,ParamScheduler,GradientAccumulation)): return False
     types = type(cb).__mro__
+    if any(t.__name__=='BSFinder' for t in types): return False # the search brings its own
     if any(t.__module__.startswith(_watchers) for t in types): return False
     return any(hasattr(cb, o) for o in _shaping) or any(t.__name__ in _wrappers for t in types)
 

@@ -18,7 +18,8 @@ def test_leaves_no_trace_on_the_gpu(tmp_path, half):
     assert all(torch.equal(o[k], s[k]) for o,s in zip(learn.opt.state_dict()['state'], state['state']) for k in s if isinstance(s[k], Tensor))
     assert learn.recorder.noise_scale and all(o > 0 for o in learn.recorder.noise_scale)
 
-def test_no_wait_between_measurements(tmp_path):
+@pytest.mark.parametrize('method', ['accumulate','split'])
+def test_no_wait_between_measurements(tmp_path, method):
     "Nothing asks the device for a number before a window is complete"
     learn = make_learner(tmp_path)
     learn.dls.to('cuda')
@@ -28,6 +29,6 @@ def test_no_wait_between_measurements(tmp_path):
         def before_step(self): torch.cuda.set_sync_debug_mode('default' if (self.train_iter+1)%20==0 else 'error')
         def after_batch(self): torch.cuda.set_sync_debug_mode('default')
     learn.add_cb(Watch())
-    try: learn.bs_find(1e-3, num_it=60, show_plot=False)
+    try: learn.bs_find(1e-3, num_it=60, n_batch=20, method=method, show_plot=False)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.recorder.noise_scale)==3

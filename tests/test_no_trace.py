@@ -14,7 +14,7 @@ class Same:
     def __eq__(self, other): return isinstance(other, Same) and self.o is other.o
     def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
 
-_measured = 'noise','scale','noise_scale','n_iter','n_items'
+_measured = 'noise','scale','noise_scale','lower','upper','n_iter','n_items','n_tokens','ended_by_tol'
 _leaves = type,FunctionType,BuiltinFunctionType,MethodType,ModuleType,str,bytes,int,float,complex,bool,type(None),Path,torch.device,torch.dtype
 
 def walk(v, path, res):

@@ -88,7 +88,7 @@ def test_demo_on_own_table(tmp_path):
     (['--data','headed.csv','--target','1'], "has a header line ('a' stands above numbers)"),
     (['--data','.'], 'is a folder'),
     (['--out','x.foo'], "can't be saved as x.foo"),
-    (['--num_it','10'], '--num_it must be at least 40'),
+    (['--num_it','9'], '--num_it must be at least 10'),
     (['--out','nowhere/x.png'], 'there is no folder nowhere'),
 ])
 def test_demo_errors(tmp_path, args, words):

@@ -1,0 +1,154 @@
+"""One table of what there is: our methods, the stack-and-concatenate baseline and plain training.
+
+Cost: time and peak memory over as many batches as plain training, of an xresnet18 (11 million parameters, random 32x32 images, batches
+of 32) and of a convnet of 5,000 parameters on MNIST (batches of 64), where overhead rules. Each in a process of its own, in turn,
+`--rounds` times; time is the median of the ratio to plain training of the same round, memory (xresnet18) the median of the peak resident
+size beyond plain training's.
+
+Truth: at weights that stand still after a short training, `--runs` searches of 200 batches each (a quarter of them for the methods that
+nobody needs an interval of), on the MNIST convnet and on an MLP on Adult, against the gradients of all training items. Bias: the ratio
+of the mean `noise` to the mean `scale` over all searches, against the exact noise scale. Spread: standard deviation of a single search's
+noise scale. Coverage: share of searches whose 95% interval holds the exact value. And how `tol=0.25` does.
+
+Batch norm: the same at fixed weights for two models that have it, where no exact value exists: what `split` measures, with micro-batches
+of a half to an eighth of a batch of 64, as a multiple of what `accumulate` measures with whole batches. Means of 20 searches.
+
+What was measured is kept in `results/compare_*.csv`; `--fresh` measures again. Let nothing else run while costs are measured."""
+import json, resource, subprocess
+from tracking import *
+
+methods = {'plain training': None, 'accumulate': dict(method='accumulate'), 'split, k=2': dict(method='split', k=2), 'split, k=4': dict(method='split'),
+    'per_example': dict(method='per_example'), 'sequential': dict(method='sequential'), 'stack and concatenate': 'stack'}
+ours = 'accumulate','split, k=2','split, k=4'
+
+# --- cost
+
+def cost_learner(model, data):
+    from fastai.vision.models.xresnet import xresnet18
+    set_seed(0)
+    if model=='xresnet18': return image_learner(torch.randn(640,3,32,32), torch.randint(0,10,(640,)), xresnet18(n_out=10), bs=32)
+    return image_learner(*mnist_tensors(data, 12800), small_convnet())
+
+def one_cost(model, method, batches, data):
+    "Print seconds and peak memory of one run in this process"
+    learn,kw = cost_learner(model, data).remove_cb(ProgressCallback),methods[method]
+    x,y = learn.dls.one_batch()
+    learn.loss_func(learn.model(x), y).backward() # warm up the kernels
+    learn.model.zero_grad()
+    start = time.perf_counter()
+    with learn.no_logging():
+        if isinstance(kw, dict): learn.bs_find(1e-3, num_it=batches, show_plot=False, **kw)
+        else: learn.fit(math.ceil(batches/len(learn.dls.train)), 1e-3, cbs=(StackFinder if kw else StopAfter)(batches))
+    print(json.dumps(dict(seconds=time.perf_counter()-start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
+
+def costs(args):
+    "A row for each run"
+    rows = []
+    for r,(model,batches) in itertools.product(range(args.rounds), (('xresnet18',60), ('convnet',600))):
+        for m in methods:
+            if (model,m)==('xresnet18','per_example'): continue # it has batch norm
+            out = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--data', str(args.data), '--one', model, m, str(batches)], check=True, capture_output=True, text=True).stdout
+            rows.append(dict(round=r, model=model, method=m, batches=batches, **json.loads(out.splitlines()[-1])))
+    return pd.DataFrame(rows)
+
+# --- truth
+
+def fixed(task, data):
+    "A learner after a short training, with its exact noise and scale"
+    make,lr,batches = {'mnist': (mnist,.05,100), 'adult': (adult_mlp,1e-3,100)}[task]
+    set_seed(0)
+    learn = make(data).remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(1, lr, cbs=StopAfter(batches))
+    items = all_items(learn.dls.train)
+    noise,scale = exact_noise_and_scale(learn.model, learn.loss_func, items, learn.dls.n_inp)
+    return learn, noise, scale + (noise/len(items[0]) if task=='adult' else 0) # fastai's tabular loader draws with replacement: then the items are all there is
+
+def truths(task, args):
+    "A row for each search, as shares of the exact values"
+    learn,noise,scale = fixed(task, args.data)
+    rows,ns = [],noise/scale
+    for m,kw in methods.items():
+        if kw is None: continue
+        for run in range(args.runs if m in ours else args.runs//4):
+            set_seed(run)
+            learn.dls.train.rng = random.Random(run)
+            if kw=='stack':
+                finder = StackFinder(200)
+                weights = [p.detach().clone() for p in learn.model.parameters()]
+                with learn.no_logging(): learn.fit(1, 1e-12, cbs=finder)
+                for p,w in zip(learn.model.parameters(), weights): p.data.copy_(w)
+                (n,s),(low,high) = finder.running.means(),(math.nan,math.nan)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')
+                    learn.bs_find(1e-12, num_it=200, show_plot=False, suggest_funcs=None, **kw)
+                last = learn.recorder.bs_find_stats.iloc[-1]
+                n,s,low,high = last.noise,last.scale,last.lower,last.upper
+            rows.append(dict(method=m, run=run, noise=n/noise, scale=s/scale, noise_scale=noise_scale(n,s)/ns, lower=low/ns, upper=high/ns))
+    for run in range(args.runs//2):
+        set_seed(run)
+        learn.dls.train.rng = random.Random(run)
+        learn.bs_find(1e-12, tol=.25, show_plot=False, suggest_funcs=None)
+        rec = learn.recorder
+        rows.append(dict(method='tol=0.25', run=run, noise=rec.noise[-1]/noise, scale=rec.scale[-1]/scale, noise_scale=rec.noise_scale[-1]/ns, lower=rec.lower[-1]/ns, upper=rec.upper[-1]/ns, n_iter=rec.n_iter[-1]))
+    return pd.DataFrame(rows).assign(exact=ns)
+
+def batch_norm(args):
+    "A row for each model and k: `noise`, `scale` and `noise_scale` of `split` as multiples of those of `accumulate`"
+    rows = []
+    for task,make,lr in (('tabular_learner on Adult',adult,1e-3), ("article's convnet on MNIST",partial(mnist, model=article_model),.05)):
+        set_seed(0)
+        learn = make(args.data).remove_cb(ProgressCallback)
+        with learn.no_logging(): learn.fit(1, lr, cbs=StopAfter(100))
+        res = {}
+        for k,run in itertools.product((1,2,4,8), range(20)):
+            set_seed(run)
+            learn.dls.train.rng = random.Random(run)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                learn.bs_find(1e-12, num_it=200, show_plot=False, suggest_funcs=None, beta=1, **(dict(method='accumulate') if k==1 else dict(method='split', k=k)))
+            res.setdefault(k, []).append((learn.recorder.noise[-1], learn.recorder.scale[-1]))
+        res = {k: np.mean(o, 0) for k,o in res.items()}
+        rows += [dict(model=task, k=k, noise=n/res[1][0], scale=s/res[1][1], noise_scale=n/s/(res[1][0]/res[1][1])) for k,(n,s) in res.items() if k>1]
+    return pd.DataFrame(rows)
+
+def kept(name, f, fresh):
+    "What `f` measured, now or earlier"
+    path = RESULTS/f'compare_{name}.csv'
+    if fresh or not path.exists(): f().to_csv(path, index=False, float_format='%.6g')
+    return pd.read_csv(path)
+
+def main():
+    p = parser(__doc__, data=True, rounds=5, runs=200)
+    p.add_argument('--only', choices=('cost','mnist','adult','batch_norm'), help='measure this part and print nothing')
+    p.add_argument('--fresh', action='store_true', help='measure again')
+    p.add_argument('--one', nargs=3, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one: return one_cost(*args.one[:2], int(args.one[2]), args.data)
+    parts = {'cost': partial(costs, args), 'mnist': partial(truths, 'mnist', args), 'adult': partial(truths, 'adult', args), 'batch_norm': partial(batch_norm, args)}
+    res = {k: kept(k, f, args.fresh) for k,f in parts.items() if args.only in (None,k)}
+    if args.only: return
+    cost = res['cost'].set_index(['model','method','round'])
+    def ratio(model, m): return float((cost.seconds[model,m]/cost.seconds[model,'plain training']).median()) if (model,m) in cost.index.droplevel('round') else '-'
+    rows = []
+    for m in methods:
+        row = {'method':m, 'time, xresnet18': ratio('xresnet18',m), 'time, convnet': ratio('convnet',m)}
+        row['extra memory (MB)'] = '-' if row['time, xresnet18']=='-' else float((cost.peak['xresnet18',m]-cost.peak['xresnet18','plain training']).median()/1e6)
+        for task in ('mnist','adult'):
+            df = res[task][res[task].method==m]
+            if df.empty: row |= {f'{task}: bias':'-', f'{task}: spread':'-', f'{task}: coverage':'-'}; continue
+            sure = df.dropna(subset=['lower'])
+            ok = ((sure.lower<=1) & (1<=sure.upper)).mean()
+            row |= {f'{task}: bias': f'{100*(df.noise.mean()/df.scale.mean()-1):+.1f}%', f'{task}: spread': f'{100*df.noise_scale.std():.0f}%' if np.isfinite(df.noise_scale).all() else 'inf',
+                f'{task}: coverage': f'{100*ok:.1f}% of {len(sure)}' if len(sure) else '-'}
+        rows.append(row)
+    ms = {k: 1000*float((cost.seconds[k,'plain training']/cost.batches[k,'plain training']).median()) for k in ('xresnet18','convnet')}
+    print(f"Time as a multiple of plain training ({ms['xresnet18']:.0f} ms a batch of xresnet18, {ms['convnet']:.1f} ms of the convnet); exact noise scales {res['mnist'].exact[0]:.0f} (MNIST) and {res['adult'].exact[0]:.0f} (Adult)\n")
+    table(rows)
+    for task in ('mnist','adult'):
+        t = res[task][res[task].method=='tol=0.25']
+        print(f"{task}: tol=0.25 stops after {t.n_iter.median():.0f} batches (median of {len(t)}; at most {t.n_iter.max():.0f}), and {100*(t.noise_scale.sub(1).abs()<=.25).mean():.0f}% of the answers are within 25% of exact")
+    print("\nBatch norm: `split` as a multiple of `accumulate`, at fixed weights\n")
+    table(res['batch_norm'].to_dict('records'))
+
+if __name__=='__main__': main()
