@@ -27,7 +27,7 @@ from .gradients import MicroBatches, auto_method, estimators
 from .recorder import BSRecorder
 from .state import preserve, saved_random_state
 
-# %% ../nbs/04_finder.ipynb #7ae5d696
+# %% ../nbs/04_finder.ipynb #4560375d
 def _trainable(params):
     "Those of `params` that get a gradient"
     res = [p for p in params if p.requires_grad]
@@ -66,13 +66,13 @@ class BSFinder(Callback):
         beta:float=0.998, # Weight that a measurement keeps per batch that passes: the averages reach back about `1/(1-beta)` batches
         method:str='auto', # Estimator: 'accumulate' (one optimizer step a measurement), 'split', 'per_example' or 'sequential' (a step every batch); 'auto': see `auto_method`
         k:int=4, # Micro-batches that 'split' cuts a batch into, at least 2
-        tol:float=None, # End the fit as soon as the 95% interval lies within a factor of 1±tol; None: don't
+        tol:float=None, # End the fit, without its validation, as soon as the 95% interval lies within a factor of 1±tol; None: don't
         reduction:str=None # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     ):
         if method!='auto' and method not in estimators: raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, estimators))}, got {method!r}")
         _check_whole(num_it=num_it, n_batch=n_batch, k=k)
-        for nm,v,what in (('n_batch',n_batch,'a window of one batch'), ('k',k,'a batch in one piece')):
-            if v < 2: raise ValueError(f"{nm} must be at least 2, got {v}: {what} has no second gradient to compare with")
+        for nm,v in (('n_batch',n_batch), ('k',k)):
+            if v < 2: raise ValueError(f"{nm} must be at least 2, got {v}: noise is what gradients differ by, so it takes more than one")
         if tol is not None and not (isinstance(tol, (int,float,np.number)) and 0 < tol < 1): raise ValueError(f"tol must be between 0 and 1, got {tol}: 0.25 asks for an interval within 25% of the noise scale")
         if reduction not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
         self.num_it,self.n_batch,self.beta,self.method,self.k,self.tol,self.reduction = num_it,n_batch,beta,method,k,tol,reduction
@@ -109,7 +109,7 @@ class BSFinder(Callback):
         if self.sum_loss is None:
             self.sum_loss = (self.reduction or _reduction(self.orig_loss, self.learn.pred, self.learn.yb))=='sum'
             self.n_tokens = _n_tokens(self.learn.pred, self.learn.yb)
-            if self.estimator.needs_model: self.estimator.check(self.learn.loss_func, self.learn.pred, self.learn.yb)
+            self.estimator.check(self.learn.loss_func, self.learn.pred, self.learn.yb)
             if self.n_tokens and hasattr(self.model, 'reset') and isinstance(self.estimator, estimators['split']):
                 warn("This language model carries its hidden state from batch to batch, and 'split' hands it from one part of a batch to the next, which continues other texts. Use method='accumulate'")
         self.total_loss = self.total_loss + self.learn.loss.detach().as_subclass(Tensor)
@@ -136,7 +136,7 @@ class BSFinder(Callback):
         self.estimator.pair,self.n_max = None,max(self.n_max, pair.b_big)
 
     def after_batch(self):
-        "At the end of a window, record; at the end of the search, end the fit"
+        "Every `n_batch` batches, record; at the end of the search, end the fit"
         done = self.estimator.batch_done
         if isinstance(self.learn.dl, MicroBatches): # schedules go by whole batches
             if done: self.progress = self.progress[0]+1/(self.n_whole*self.n_epoch),self.progress[1]+1
@@ -148,7 +148,8 @@ class BSFinder(Callback):
 
     def _measure(self):
         sums,loss,self.sums,self.total_loss = self.sums,self.total_loss,0.,0.
-        if not isinstance(sums, Tensor): sums = torch.zeros(4, device=loss.device) # no batch was large enough
+        if not isinstance(loss, Tensor): return # other callbacks cancelled all of these batches
+        if not isinstance(sums, Tensor): sums = torch.zeros(4, device=loss.device) # no batch was complete and large enough
         noise,scale,size,n_bad,loss = torch.cat([sums, loss.to(sums).view(1)]).tolist() # here, and only here, we wait for the device
         if n_bad or not math.isfinite(loss): self._not_finite(loss)
         if not size: return
@@ -198,7 +199,7 @@ def critical(
 mk_class("BSSuggestion", Critical=critical, doc="Suggestion functions, as attributes to get tab-completion and typo-proofing")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #8aeb7f96
+# %% ../nbs/04_finder.ipynb #85532f86
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
     for f in funcs:
@@ -222,9 +223,9 @@ def _check_loader(dl, bs):
     elif not _n_items(dl): raise ValueError("the training set is empty, as it is in a learner from `load_learner`: give the learner its data back with `learn.dls = dls`")
     elif not len(dl): raise ValueError(f"the training loader has no batch: {_n_items(dl)} items are less than a batch, and drop_last is set. Pass a smaller bs")
 
-def _check_windows(num_it, n_batch):
+def _check_measurements(num_it, n_batch):
     if num_it is not None and num_it//n_batch < 2:
-        raise ValueError(f"bs_find needs at least 2 measurement windows: num_it={num_it} batches with n_batch={n_batch} gives {num_it//n_batch}. Raise num_it or lower n_batch")
+        raise ValueError(f"bs_find needs at least 2 measurements: num_it={num_it} batches with n_batch={n_batch} gives {num_it//n_batch}. Raise num_it or lower n_batch")
 
 def _with_bs(dl, bs):
     "The training loader with another batch size, and with what `new` of fastai's weighted and partial loaders forgets"
@@ -246,12 +247,12 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #aff21289
+# %% ../nbs/04_finder.ipynb #8a1fa743
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
     bs:int=None, # Batch size to measure with; None: that of `learn.dls`
-    num_it:int=None, # Batches to process, in whole windows; None: one epoch, or 200 batches if that is more
+    num_it:int=None, # Batches to process, rounded down to whole measurements; None: one epoch, or 200 batches if that is more
     n_batch:int=5, # Batches in a measurement
     beta:float=0.998, # Weight that a measurement keeps per batch that passes: the averages reach back about `1/(1-beta)` batches
     wd:float=None, # Weight decay; None: `learn.wd`
@@ -271,16 +272,16 @@ def bs_find(self:Learner,
     _check_whole(bs=bs, num_it=num_it)
     _check_loader(self.dls.train, bs)
     finder = BSFinder(n_batch=n_batch, beta=beta, method=method, k=k, tol=tol, reduction=reduction)
-    _check_windows(num_it, n_batch)
+    _check_measurements(num_it, n_batch)
     rec,show_bar = BSRecorder.of(self),bool(self._grab_cbs(ProgressCallback))
     with preserve(self):
         if bs is not None: self.dls.train = _with_bs(self.dls.train, bs)
-        finder.num_it = (max(len(self.dls.train), 200, 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole windows
+        finder.num_it = (max(len(self.dls.train), 200, 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole measurements
         self.model.zero_grad(set_to_none=False) # what was left over would be added to the first window's gradients
         cbs = [finder] + ([_SearchProgress(finder)] if show_bar else [])
         with self.no_logging(): self.fit(math.ceil(finder.num_it/len(self.dls.train)), lr, wd=wd, cbs=cbs)
     if not finder.n_measured:
-        why = '' if finder.n_max or finder.warned else f": no batch was large enough for method={finder.method!r}. Use method='accumulate'"
+        why = '' if finder.n_max or finder.warned else f": other callbacks cancelled every batch, or they are too small for method={finder.method!r}. 'accumulate' takes batches of any size"
         warn(f"bs_find made no measurement, so it has no suggestion{why}", stacklevel=2)
         return
     _check_result(rec, finder.n_max)

@@ -36,7 +36,7 @@ class Pair(NamedTuple):
     b_small: float # Mean number of examples in a small batch
     b_big: int # Number of examples in the big batch
 
-# %% ../nbs/01_gradients.ipynb #938da832
+# %% ../nbs/01_gradients.ipynb #c875ba69
 class Estimator:
     "What all estimators share: a window of `n` batches, each weighted by its size"
     needs_model = False # Does it compute gradients of its own?
@@ -67,6 +67,13 @@ class Estimator:
         "What the training loop is to iterate over"
         return dl
 
+    def check(self,
+        loss_func:callable, # The loss function
+        pred:Tensor, # Predictions of the first batch, or a tuple of them
+        yb:tuple # Its targets
+    ):
+        "Refuse what can't be measured, with an error that says why"
+
     def weight(self,
         bs:int # Examples in the batch that is about to go backward
     )->float: # Factor for that batch's loss
@@ -96,7 +103,7 @@ class Estimator:
         if not grads: raise RuntimeError("no parameter got a gradient: does the loss depend on the model's output, and is any layer unfrozen?")
         return grads
 
-# %% ../nbs/01_gradients.ipynb #9cc24bb4
+# %% ../nbs/01_gradients.ipynb #a91fe19a
 class AccumulateEstimator(Estimator):
     "Hold the weights for `n` batches, then step with their mean gradient (the method of arXiv 1812.06162, appendix A.1, on one device): unbiased"
     def start(self, params, model=None, loss_func=None):
@@ -120,6 +127,9 @@ class AccumulateEstimator(Estimator):
     def _seen(self, grad): self.norms.append(_norm(grad)) # one operation per parameter; the rest waits for `_add`
 
     def weight(self, bs):
+        if self.norms: # of a batch that was cancelled between `backward` and `add`
+            self._drop_window()
+            self._new_window()
         if self.n>=self.n_window: return 1.
         return bs/(self.first or bs)
 
@@ -133,7 +143,7 @@ class AccumulateEstimator(Estimator):
         if self.size != self.first: torch._foreach_mul_(self._grads(), self.first/self.size) # the sum becomes the mean, for the optimizer too
         return sq_norm(self._grads())
 
-# %% ../nbs/01_gradients.ipynb #ab83b8f8
+# %% ../nbs/01_gradients.ipynb #8572aba3
 def _tensors(b):
     if isinstance(b, Tensor): yield b
     elif isinstance(b, (Mapping,list,tuple)):
@@ -142,7 +152,7 @@ def _tensors(b):
 def _part(b, i, j, bs):
     if isinstance(b, Tensor): return b[i:j]
     if isinstance(b, Mapping): return {k: _part(v, i, j, bs) for k,v in b.items()}
-    if isinstance(b, list) and len(b)==bs and not any(_tensors(b)): return b[i:j] # names of the examples, for instance
+    if isinstance(b, list) and len(b)==bs and next(_tensors(b), None) is None: return b[i:j] # names of the examples, for instance
     if isinstance(b, (list,tuple)):
         parts = [_part(o, i, j, bs) for o in b]
         return type(b)(*parts) if hasattr(b, '_fields') else type(b)(parts)
@@ -162,9 +172,12 @@ def micro_batches(
     return [_part(b, i, j, bs) for i,j in zip(ends, ends[1:])]
 
 class MicroBatches(GetAttr):
-    "The batches of the loader `dl`, each in micro-batches, which `est` gets to know of"
+    "The batches of a loader, each in micro-batches"
     _default = 'dl'
-    def __init__(self, dl, est): self.dl,self.est = dl,est
+    def __init__(self,
+        dl, # Loader of whole batches
+        est:Estimator # Told how many micro-batches the next batch has, and which of them is the last
+    ): self.dl,self.est = dl,est
     def __len__(self): return len(self.dl)*max(1, min(self.est.k, (getattr(self.dl, 'bs', None) or 2*self.est.k)//2))
     def __iter__(self):
         for b in self.dl:
@@ -196,7 +209,7 @@ class SplitEstimator(AccumulateEstimator):
         super()._add(bs, xb, yb)
         self.step_size = self.size # normal training takes the whole batch for this step
 
-# %% ../nbs/01_gradients.ipynb #9d56b5f2
+# %% ../nbs/01_gradients.ipynb #c1fd17fe
 _batch_norms = nn.modules.batchnorm._BatchNorm
 
 class PerExampleEstimator(Estimator):
@@ -226,14 +239,11 @@ class PerExampleEstimator(Estimator):
         self.mean_sq = None
         super().stop()
 
-    def check(self,
-        loss_func:callable, # The loss function
-        pred:Tensor, # Predictions of a batch
-        yb:tuple # Its targets
-    ):
+    def check(self, loss_func, pred, yb):
         "Refuse a loss that is not the mean (or the sum) of the losses of single examples, as one that divides by a batch's sum of weights"
+        n = len(next(_tensors(yb)))
         with torch.no_grad():
-            whole,single = loss_func(pred, *yb), torch.stack([loss_func(pred[i:i+1], *(y[i:i+1] for y in yb)) for i in range(len(yb[0]))])
+            whole,single = loss_func(pred, *yb), torch.stack([loss_func(_part(pred, i, i+1, n), *_part(tuple(yb), i, i+1, n)) for i in range(n)])
             if not any(torch.allclose(whole, o, rtol=1e-3) for o in (single.mean(), single.sum())):
                 raise ValueError(f"per_example needs a loss that is the mean of the losses of single examples, here it is {float(whole):.4g} and their mean {float(single.mean()):.4g}. Use method='accumulate'")
 
@@ -246,9 +256,9 @@ class PerExampleEstimator(Estimator):
 
     def _finish(self): pass
 
-# %% ../nbs/01_gradients.ipynb #40a5f572
+# %% ../nbs/01_gradients.ipynb #96292c84
 class SequentialEstimator(Estimator):
-    "Step on every batch and compare `n_batch` consecutive gradients with their mean: training goes on as usual, but the measure is biased as soon as the weights move"
+    "Step on every batch and compare `n` consecutive gradients with their mean: training goes on as usual, but the measure is biased as soon as the weights move"
     def start(self, params, model=None, loss_func=None):
         super().start(params)
         self.sums,self.step_now = None,True

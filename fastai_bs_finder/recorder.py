@@ -13,7 +13,7 @@ from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from .stats import nearest_pow2, noise_scale
 
-# %% ../nbs/02_recorder.ipynb #69d83367
+# %% ../nbs/02_recorder.ipynb #7e7e0dba
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
@@ -68,9 +68,10 @@ class BSRecorder(Recorder):
         row,unit = self.settled(),'' if self.n_tokens is None else f' sequences of {self.n_tokens:,.0f} tokens'
         low,high = (nearest_pow2(o, max(1, self.n_items)) if o < math.inf else None for o in (row.lower, row.upper))
         if not math.isfinite(row.noise_scale) or high is None:
+            more = " or more" if 2*low <= self.n_items else f", the most that {self.n_items:,} training items allow"
             if not row.lower: return "critical batch size unknown: the gradient drowned in noise, and more batches are needed to see it"
-            return f"critical batch size at least {_batch_sizes(row.lower)}{unit}, 95% interval {_batch_sizes(row.lower)} to inf, so {low:,} or more"
-        choice = f"{high:,}" if low==high else f"{low:,} or {high:,}" if high==2*low else f"{low:,} to {high:,}"
+            return f"critical batch size at least {_batch_sizes(row.lower)}{unit}, 95% interval {_batch_sizes(row.lower)} to inf, so {low:,}{more}"
+        choice = f"{low:,}" if low==high else f"{low:,} or {high:,}" if high==2*low else f"{low:,} to {high:,}"
         return f"critical batch size {_batch_sizes(row.noise_scale)}{unit}, 95% interval {_batch_sizes(row.lower)} to {_batch_sizes(row.upper)}, so {choice}"
 
     def __reduce_ex__(self, protocol):

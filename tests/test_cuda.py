@@ -19,6 +19,18 @@ def test_leaves_no_trace_on_the_gpu(tmp_path, half):
     assert learn.recorder.noise_scale and all(o > 0 for o in learn.recorder.noise_scale)
 
 @pytest.mark.parametrize('method', ['accumulate','split'])
+def test_half_precision_measures_the_same(tmp_path, method):
+    "With a real scaler, over the same batches at weights that stand still"
+    def measured(half):
+        set_seed(0)
+        learn = make_learner(tmp_path)
+        learn.dls.to('cuda')
+        if half: learn.to_fp16()
+        learn.bs_find(1e-12, num_it=200, beta=1, method=method, show_plot=False)
+        return np.array([learn.recorder.noise[-1], learn.recorder.scale[-1]])
+    assert np.allclose(measured(True)/measured(False), 1, atol=.05)
+
+@pytest.mark.parametrize('method', ['accumulate','split'])
 def test_no_wait_between_measurements(tmp_path, method):
     "Nothing asks the device for a number before a window is complete"
     learn = make_learner(tmp_path)

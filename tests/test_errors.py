@@ -37,7 +37,7 @@ def test_n_batch(learn, n_batch):
 @pytest.mark.parametrize('kwargs', [dict(num_it=9), dict(num_it=0), dict(num_it=-40), dict(num_it=5, n_batch=3)], ids=str)
 def test_num_it(learn, kwargs):
     "Too few batches for two windows"
-    refused(learn, 'at least 2 measurement windows.*Raise num_it or lower n_batch', lr=1e-2, **kwargs)
+    refused(learn, 'at least 2 measurements.*Raise num_it or lower n_batch', lr=1e-2, **kwargs)
 
 @pytest.mark.parametrize('kwargs,n', [(dict(num_it=10),2), (dict(num_it=14),2), (dict(num_it=4,n_batch=2),2), ({},40), (dict(n_batch=22),10)], ids=str)
 def test_num_it_whole_windows(learn, kwargs, n):

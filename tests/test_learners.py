@@ -37,7 +37,7 @@ def measure(learn, method='accumulate', num_it=320, n_batch=8, lr=1e-12, **kwarg
     "Search, by default with weights that stand still, check what holds for every search, return the last noise and scale: averages over all"
     kwargs = dict(beta=1, n_batch=n_batch) | kwargs
     n_batch = kwargs['n_batch']
-    if method=='split' and lr==1e-12: num_it *= 3 # its pairs have fewer examples and scatter more
+    if method=='split' and lr==1e-12: num_it *= 2 # its pairs have fewer examples and scatter more
     before,opt,fs,cbs = contents(learn),learn.opt,learn.loss_func,list(learn.cbs)
     learn.bs_find(lr, num_it=num_it, method=method, show_plot=False, suggest_funcs=None, **kwargs)
     rec,after = learn.recorder,learn.model.state_dict()
@@ -202,6 +202,18 @@ def test_model_that_takes_a_tuple_of_targets(method):
     learn = learner(TwoOutputs, lambda p,y: two_losses(p, *y), [(x,(y,y%2)) for x,y in digits()[:128]])
     assert_close(measure(learn, method), exact(learn))
 
+def frozen(): learn = learner(deep, splitter=halves); learn.freeze(); return learn
+singly = dict(plain=learner, frozen=frozen, unused=partial(learner, Unused), tied=lambda: learner(partial(Tokens, tied=True), items=tokens()),
+    two_inputs=lambda: learner(TwoInputs, items=[(x[:,:4],x[:,4:],y) for x,y in digits()[:128]], n_inp=2),
+    two_targets=lambda: learner(TwoOutputs, two_losses, [(x,y,y%2) for x,y in digits()[:128]]),
+    tuple=lambda: learner(TwoOutputs, lambda p,y: F.cross_entropy(p[0], y) + .1*p[1].square().mean()))
+
+@pytest.mark.parametrize('nm', singly)
+def test_gradients_of_single_examples(nm):
+    "What `torch.func` makes of all these, at the same weights"
+    learn = singly[nm]()
+    assert_close(measure(learn, 'per_example'), exact(learn), .05)
+
 # --- losses
 
 def sum_loss(p, y): return F.cross_entropy(p, y, reduction='sum')
@@ -245,7 +257,8 @@ def test_regression(method):
     learn = learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,1)), MSELossFlat(), [(x,y.float()) for x,y in digits()[:128]])
     assert_close(measure(learn, method, num_it=640), exact(learn))
 
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('loss,method', [(CrossEntropyLossFlat,'accumulate'), (CrossEntropyLossFlat,'split'), (LabelSmoothingCrossEntropy,'accumulate'), (LabelSmoothingCrossEntropyFlat,'accumulate')],
+    ids=lambda o: getattr(o, '__name__', o))
 @pytest.mark.parametrize('mix', [partial(MixUp, 5.), CutMix], ids=['MixUp','CutMix'])
 def test_mixed_examples(mix, loss, method):
     "Examples that are mixed with each other anew in each batch have the noise that a training with them has"

@@ -94,7 +94,7 @@ def test_k_is_the_number_of_micro_batches():
 def test_batches_too_small_to_cut():
     "There is no measurement, and the warning says what helps"
     learn = plain_learner(bs=3)
-    with pytest.warns(UserWarning, match="no batch was large enough for method='split'. Use method='accumulate'"): assert search(learn, method='split') is None
+    with pytest.warns(UserWarning, match="too small for method='split'. 'accumulate' takes batches of any size"): assert search(learn, method='split') is None
     assert search(learn) is not None
 
 def test_batches_that_cannot_be_cut():
@@ -239,13 +239,18 @@ def test_split_keeps_the_schedule():
     assert np.allclose(lrs, lrs2) and np.isclose(pct, pct2) and torch.allclose(weights, weights2, atol=1e-4)
 
 class CancelAt(Callback):
-    "Skip the rest of the batch in the `n`th loss"
-    def __init__(self, n): self.n,self.seen = n,0
-    def after_loss(self):
+    "Skip the rest of the batch in the `n`th `event`"
+    def __init__(self, event, n):
+        self.n,self.seen = n,0
+        setattr(self, event, self.cancel)
+    def cancel(self):
         self.seen += 1
         if self.seen==self.n: raise CancelBatchException()
 
-def test_cancelled_micro_batch():
+cancels = pytest.mark.parametrize('event', ['after_loss','after_backward'])
+
+@cancels
+def test_cancelled_micro_batch(event):
     "The parts of a batch that was given up half-way are in no step"
     def steps(*cbs):
         learn,res = plain_learner(opt_func=SGD),[]
@@ -254,8 +259,25 @@ def test_cancelled_micro_batch():
             def before_step(self): res.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
         with learn.no_logging(): learn.fit(1, 1e-12, cbs=[Step(), BSFinder(method='split'), *cbs])
         return torch.stack(res), learn.recorder.n_iter
-    (whole,n),(cut,n2) = steps(),steps(CancelAt(7)) # the third part of the second batch
+    (whole,n),(cut,n2) = steps(),steps(CancelAt(event, 7)) # the third part of the second batch
     assert torch.allclose(cut, torch.cat([whole[:1],whole[2:]]), atol=1e-6) and n2==n
+
+@cancels
+def test_cancelled_batch_of_a_window(event):
+    "A batch that was given up is in no measurement"
+    def recorded(first, *cbs):
+        learn = plain_learner()
+        learn.dls.loaders[0] = learn.dls.train.new(shuffle=False, dataset=learn.dls.train.dataset[first:])
+        with learn.no_logging(): learn.fit(1, 1e-12, cbs=[BSFinder(method='accumulate', n_batch=2, beta=1), *cbs])
+        return learn.recorder.noise[-1], learn.recorder.scale[-1]
+    assert recorded(0, CancelAt(event, 1))==pytest.approx(recorded(64), rel=1e-4)
+
+def test_all_batches_cancelled():
+    "A search without a single loss says so"
+    class Cancel(Callback):
+        def before_batch(self): raise CancelBatchException()
+    learn = plain_learner(cbs=Cancel())
+    with pytest.warns(UserWarning, match='no measurement.*other callbacks cancelled every batch'): assert search(learn) is None
 
 def test_a_finder_on_the_learner():
     "It takes no part in a search, and two in a fit are one too many"
