@@ -13,13 +13,13 @@ noise scale. Coverage: share of searches whose 95% interval holds the exact valu
 Batch norm: the same at fixed weights for two models that have it, where no exact value exists: what `split` measures, with micro-batches
 of a half to an eighth of a batch of 64, as a multiple of what `accumulate` measures with whole batches. Means of 20 searches.
 
-What was measured is kept in `results/compare_*.csv`; `--fresh` measures again. Let nothing else run while costs are measured."""
+What was measured is kept in `results/compare_*.csv`, so that only methods which are new are measured; `--fresh` measures all again. Let nothing else run while costs are measured."""
 import json, resource, subprocess
 from tracking import *
 
-methods = {'plain training': None, 'accumulate': dict(method='accumulate'), 'split, k=2': dict(method='split', k=2), 'split, k=4': dict(method='split'),
+methods = {'plain training': None, 'accumulate': dict(method='accumulate'), 'split, k=2': dict(method='split', k=2), 'split, k=4': dict(method='split'), 'split, k=8': dict(method='split', k=8),
     'per_example': dict(method='per_example'), 'sequential': dict(method='sequential'), 'stack and concatenate': 'stack'}
-ours = 'accumulate','split, k=2','split, k=4'
+ours = 'accumulate','split, k=2','split, k=4','split, k=8'
 
 # --- cost
 
@@ -41,14 +41,15 @@ def one_cost(model, method, batches, data):
         else: learn.fit(math.ceil(batches/len(learn.dls.train)), 1e-3, cbs=(StackFinder if kw else StopAfter)(batches))
     print(json.dumps(dict(seconds=time.perf_counter()-start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
 
-def costs(args):
-    "A row for each run"
-    rows = []
+def costs(args, done):
+    "A row for each run; methods that `done` has not are measured in new rounds, each with plain training"
+    known,rows = set(done.method),[]
+    first = done['round'].max()+1 if len(done) else 0
     for r,(model,batches) in itertools.product(range(args.rounds), (('xresnet18',60), ('convnet',600))):
         for m in methods:
-            if (model,m)==('xresnet18','per_example'): continue # it has batch norm
+            if (model,m)==('xresnet18','per_example') or (m in known and m != 'plain training'): continue # xresnet18 has batch norm
             out = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--data', str(args.data), '--one', model, m, str(batches)], check=True, capture_output=True, text=True).stdout
-            rows.append(dict(round=r, model=model, method=m, batches=batches, **json.loads(out.splitlines()[-1])))
+            rows.append(dict(round=first+r, model=model, method=m, batches=batches, **json.loads(out.splitlines()[-1])))
     return pd.DataFrame(rows)
 
 # --- truth
@@ -63,12 +64,12 @@ def fixed(task, data):
     noise,scale = exact_noise_and_scale(learn.model, learn.loss_func, items, learn.dls.n_inp)
     return learn, noise, scale + (noise/len(items[0]) if task=='adult' else 0) # fastai's tabular loader draws with replacement: then the items are all there is
 
-def truths(task, args):
-    "A row for each search, as shares of the exact values"
+def truths(task, args, done):
+    "A row for each search with a method that `done` has not, as shares of the exact values"
     learn,noise,scale = fixed(task, args.data)
     rows,ns = [],noise/scale
     for m,kw in methods.items():
-        if kw is None: continue
+        if kw is None or m in set(done.method): continue
         for run in range(args.runs if m in ours else args.runs//4):
             set_seed(run)
             learn.dls.train.rng = random.Random(run)
@@ -82,10 +83,10 @@ def truths(task, args):
                 with warnings.catch_warnings():
                     warnings.simplefilter('ignore')
                     learn.bs_find(1e-12, num_it=200, show_plot=False, suggest_funcs=None, **kw)
-                last = learn.recorder.bs_find_stats.iloc[-1]
-                n,s,low,high = last.noise,last.scale,last.lower,last.upper
+                row = learn.recorder.settled() # which is what the user is told
+                n,s,low,high = row.noise,row.scale,row.lower,row.upper
             rows.append(dict(method=m, run=run, noise=n/noise, scale=s/scale, noise_scale=noise_scale(n,s)/ns, lower=low/ns, upper=high/ns))
-    for run in range(args.runs//2):
+    for run in range(0 if 'tol=0.25' in set(done.method) else args.runs//2):
         set_seed(run)
         learn.dls.train.rng = random.Random(run)
         learn.bs_find(1e-12, tol=.25, show_plot=False, suggest_funcs=None)
@@ -93,7 +94,7 @@ def truths(task, args):
         rows.append(dict(method='tol=0.25', run=run, noise=rec.noise[-1]/noise, scale=rec.scale[-1]/scale, noise_scale=rec.noise_scale[-1]/ns, lower=rec.lower[-1]/ns, upper=rec.upper[-1]/ns, n_iter=rec.n_iter[-1]))
     return pd.DataFrame(rows).assign(exact=ns)
 
-def batch_norm(args):
+def batch_norm(args, done):
     "A row for each model and k: `noise`, `scale` and `noise_scale` of `split` as multiples of those of `accumulate`"
     rows = []
     for task,make,lr in (('tabular_learner on Adult',adult,1e-3), ("article's convnet on MNIST",partial(mnist, model=article_model),.05)):
@@ -112,10 +113,11 @@ def batch_norm(args):
         rows += [dict(model=task, k=k, noise=n/res[1][0], scale=s/res[1][1], noise_scale=n/s/(res[1][0]/res[1][1])) for k,(n,s) in res.items() if k>1]
     return pd.DataFrame(rows)
 
-def kept(name, f, fresh):
-    "What `f` measured, now or earlier"
+def kept(name, f, fresh, known):
+    "What `f` measured, earlier or, where methods are missing, now"
     path = RESULTS/f'compare_{name}.csv'
-    if fresh or not path.exists(): f().to_csv(path, index=False, float_format='%.6g')
+    done = pd.read_csv(path) if path.exists() and not fresh else pd.DataFrame(columns=['method'])
+    if set(known)-set(done.get('method', known)): pd.concat([o for o in (done, f(done)) if len(o)]).to_csv(path, index=False, float_format='%.6g')
     return pd.read_csv(path)
 
 def main():
@@ -125,10 +127,10 @@ def main():
     p.add_argument('--one', nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one: return one_cost(*args.one[:2], int(args.one[2]), args.data)
-    parts = {'cost': partial(costs, args), 'mnist': partial(truths, 'mnist', args), 'adult': partial(truths, 'adult', args), 'batch_norm': partial(batch_norm, args)}
-    res = {k: kept(k, f, args.fresh) for k,f in parts.items() if args.only in (None,k)}
+    parts = {'cost': (partial(costs, args), methods), 'batch_norm': (partial(batch_norm, args), ['all']), **{k: (partial(truths, k, args), [*list(methods)[1:], 'tol=0.25']) for k in ('mnist','adult')}}
+    res = {k: kept(k, f, args.fresh, known) for k,(f,known) in parts.items() if args.only in (None,k)}
     if args.only: return
-    cost = res['cost'].set_index(['model','method','round'])
+    cost = res['cost'].set_index(['model','method','round']).sort_index()
     def ratio(model, m): return float((cost.seconds[model,m]/cost.seconds[model,'plain training']).median()) if (model,m) in cost.index.droplevel('round') else '-'
     rows = []
     for m in methods:

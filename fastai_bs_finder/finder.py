@@ -27,10 +27,10 @@ from .gradients import MicroBatches, auto_method, estimators
 from .recorder import BSRecorder
 from .state import preserve, saved_random_state
 
-# %% ../nbs/04_finder.ipynb #4560375d
+# %% ../nbs/04_finder.ipynb #b44f2d15
 def _trainable(params):
     "Those of `params` that get a gradient"
-    res = [p for p in params if p.requires_grad]
+    res = list(dict.fromkeys(p for p in params if p.requires_grad)) # tied ones may be in several groups
     if not res: raise ValueError("the model has no trainable parameter: unfreeze it, all of it with `learn.model.requires_grad_()`")
     return res
 
@@ -50,7 +50,15 @@ def _reduction(loss_func, pred, yb):
     try:
         with torch.no_grad(), saved_random_state(): once,two = (float(loss_func(p, *y)) for p,y in ((pred,yb), (twice(pred),twice(tuple(yb)))))
     except Exception: return 'mean'
-    return 'sum' if once and two/once > 1.5 else 'mean'
+    ratio = two/once if once else 1.
+    if 1.1 < ratio < 1.9: warn(f"a batch that is there twice has {ratio:.2f} times its loss, which fits neither a mean (1) nor a sum (2) over its examples, so the noise scale may be wrong. If the loss has parts, let all of them be means")
+    return 'sum' if ratio > 1.5 else 'mean'
+
+def _warn_early(cb, order):
+    "Callbacks that may change gradients before they are measured; fastai's own, which don't, are left alone"
+    early = hasattr(cb, 'after_backward') or (hasattr(cb, 'before_step') and cb.order < order)
+    if early and not type(cb).__module__.startswith('fastai.'):
+        warn(f"{type(cb).__name__} comes between the backward pass and BSFinder. If it changes gradients, the noise scale is wrong: let it do so in `before_step`, with an `order` above {order}")
 
 def _n_tokens(pred, yb):
     "Tokens in a sequence where each has a prediction of its own, as in a language model; None otherwise"
@@ -89,10 +97,15 @@ class BSFinder(Callback):
         self.running = RunningNoiseScale(self.beta)
         self.n_seen,self.n_measured,self.n_max,self.warned,self.n_tokens = 0,0,0,False,None
         self.sums,self.total_loss,self.sum_loss,self.orig_loss = 0.,0.,None,self.learn.loss_func # MixUp puts its own in place of it later
-        method = auto_method(self.model, self.n_batch, len(self.learn.dls.train), getattr(self.learn.dls.train, 'bs', None)) if self.method=='auto' else self.method
+        self.chosen = method = auto_method(self.model, self.n_batch, len(self.learn.dls.train), getattr(self.learn.dls.train, 'bs', None)) if self.method=='auto' else self.method
+        for cb in self.learn.cbs: _warn_early(cb, self.order)
         between = [type(o).__name__ for c in (MixedPrecision,MixHandler) for o in self.learn._grab_cbs(c)]
         if estimators[method].needs_model and between: raise ValueError(f"{method} computes the gradients of single examples itself, without {' and '.join(between)}. Use method='accumulate'")
-        self.estimator = estimators[method](**{'accumulate': dict(n=self.n_batch), 'sequential': dict(n=self.n_batch), 'split': dict(k=self.k)}.get(method, {}))
+        self._start(params)
+
+    def _start(self, params):
+        of = {'accumulate': dict(n=self.n_batch), 'sequential': dict(n=self.n_batch), 'split': dict(k=self.k, strict=self.method=='split')}
+        self.estimator = estimators[self.chosen](**of.get(self.chosen, {}))
         self.estimator.start(params, self.model, self.loss_func)
 
     def before_train(self):
@@ -101,7 +114,11 @@ class BSFinder(Callback):
         self.learn.dl = self.estimator.batches(self.learn.dl)
 
     def before_batch(self):
-        "A gradient needs a loss, and a loss needs a target"
+        "A gradient needs a loss, and a loss needs a target; and where `auto` took 'split', batches have to be cut"
+        if getattr(self.estimator, 'refused', None):
+            self.chosen,params = 'accumulate',self.estimator.params
+            self.estimator.stop()
+            self._start(params)
         if not len(self.learn.yb): raise ValueError("the training batches have no target, so there is no loss to measure a gradient of")
 
     def after_loss(self):
@@ -117,6 +134,10 @@ class BSFinder(Callback):
         weight = self.estimator.weight(bs)
         if self.sum_loss: weight /= bs # measured is the gradient of the mean
         if weight != 1: self.learn.loss_grad = self.learn.loss_grad * weight
+
+    def after_cancel_backward(self):
+        "Without a gradient there is nothing to measure in this batch"
+        if all(p.grad is None for p in self.estimator.params): raise CancelBatchException()
 
     def before_step(self):
         "Take the gradients' lengths, and hold the optimizer back until the estimator lets it step"
@@ -247,7 +268,7 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #8a1fa743
+# %% ../nbs/04_finder.ipynb #a07d48ac
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -281,7 +302,7 @@ def bs_find(self:Learner,
         cbs = [finder] + ([_SearchProgress(finder)] if show_bar else [])
         with self.no_logging(): self.fit(math.ceil(finder.num_it/len(self.dls.train)), lr, wd=wd, cbs=cbs)
     if not finder.n_measured:
-        why = '' if finder.n_max or finder.warned else f": other callbacks cancelled every batch, or they are too small for method={finder.method!r}. 'accumulate' takes batches of any size"
+        why = '' if finder.n_max or finder.warned else f": other callbacks cancelled every batch, or they are too small for method={finder.chosen!r}. 'accumulate' takes batches of any size"
         warn(f"bs_find made no measurement, so it has no suggestion{why}", stacklevel=2)
         return
     _check_result(rec, finder.n_max)

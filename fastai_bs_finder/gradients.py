@@ -103,7 +103,7 @@ class Estimator:
         if not grads: raise RuntimeError("no parameter got a gradient: does the loss depend on the model's output, and is any layer unfrozen?")
         return grads
 
-# %% ../nbs/01_gradients.ipynb #a91fe19a
+# %% ../nbs/01_gradients.ipynb #f5e3c7ae
 class AccumulateEstimator(Estimator):
     "Hold the weights for `n` batches, then step with their mean gradient (the method of arXiv 1812.06162, appendix A.1, on one device): unbiased"
     def start(self, params, model=None, loss_func=None):
@@ -124,6 +124,12 @@ class AccumulateEstimator(Estimator):
                 if p.grad is not None: p.grad.zero_()
         self.norms = []
 
+    def add(self, bs, xb=(), yb=()):
+        if self.norms: return super().add(bs, xb, yb)
+        self._grads() # no gradient at all: say so
+        self._drop_window() # this batch had no backward pass, another callback cancelled it
+        self._new_window()
+
     def _seen(self, grad): self.norms.append(_norm(grad)) # one operation per parameter; the rest waits for `_add`
 
     def weight(self, bs):
@@ -134,7 +140,6 @@ class AccumulateEstimator(Estimator):
         return bs/(self.first or bs)
 
     def _add(self, bs, xb, yb):
-        if not self.norms: self._grads() # nothing went backward: say so
         self.small = self.small + _sum_sq(self.norms) * bs / (bs/self.first)**2 # the loss was multiplied with `weight`
         self.norms.clear()
         self.step_now,self.step_size = self.n==self.n_window, self.size/self.n
@@ -143,7 +148,7 @@ class AccumulateEstimator(Estimator):
         if self.size != self.first: torch._foreach_mul_(self._grads(), self.first/self.size) # the sum becomes the mean, for the optimizer too
         return sq_norm(self._grads())
 
-# %% ../nbs/01_gradients.ipynb #8572aba3
+# %% ../nbs/01_gradients.ipynb #53613e97
 def _tensors(b):
     if isinstance(b, Tensor): yield b
     elif isinstance(b, (Mapping,list,tuple)):
@@ -159,7 +164,7 @@ def _part(b, i, j, bs):
     return b
 
 def micro_batches(
-    b:tuple, # A batch: tensors with the examples along their first dimension, in tuples, lists and dictionaries as deep as you like
+    b:tuple, # A batch: tensors with the examples along their first dimension and no other, in tuples, lists and dictionaries as deep as you like
     k:int # Pieces to cut it into; fewer, where they would have less than two examples
 )->list: # Batches of the same form whose sizes differ by one at most
     "Cut a batch into micro-batches"
@@ -181,7 +186,10 @@ class MicroBatches(GetAttr):
     def __len__(self): return len(self.dl)*max(1, min(self.est.k, (getattr(self.dl, 'bs', None) or 2*self.est.k)//2))
     def __iter__(self):
         for b in self.dl:
-            parts = micro_batches(b, self.est.k)
+            try: parts = micro_batches(b, self.est.k)
+            except ValueError as e:
+                if self.est.strict: raise
+                parts,self.est.refused = [b],e
             self.est.new_batch(len(parts))
             for i,o in enumerate(parts):
                 self.est.batch_done = i==len(parts)-1
@@ -190,10 +198,11 @@ class MicroBatches(GetAttr):
 class SplitEstimator(AccumulateEstimator):
     "Cut each batch into `k` micro-batches and step on every batch, as normal training does: unbiased along its trajectory"
     def __init__(self,
-        k:int=4 # Micro-batches to cut a batch into, at least 2
+        k:int=4, # Micro-batches to cut a batch into, at least 2
+        strict:bool=True # Raise an error for batches that can't be cut; False: let them pass whole, and keep the error as `refused`
     ):
         super().__init__(k)
-        self.k = k
+        self.k,self.strict,self.refused = k,strict,None
 
     def new_batch(self,
         n:int # Micro-batches that it is cut into

@@ -160,6 +160,12 @@ def test_tied_weights(method):
     assert_far(want, exact(free), .1)
     assert_close(measure(learn, method), want, .05)
 
+@pytest.mark.parametrize('method', ['accumulate','split','per_example','sequential'])
+def test_tied_weights_in_two_groups(method):
+    "Where the splitter names the shared weight twice, it still counts once"
+    groups = lambda m: [params(m.emb), params(m.head)]
+    assert_same(*(stats(learner(partial(Tokens, tied=True), items=tokens(), opt_func=SGD, **kw), method) for kw in ({}, dict(splitter=groups))))
+
 def test_sparse_gradients(method):
     "Rows of an embedding that have no gradient need not be stored; the value is that of a dense gradient"
     dense,sparse = (partial(learner, partial(Tokens, sparse=o), items=tokens(), opt_func=torch_opt(torch.optim.SGD)) for o in (False,True))
@@ -240,7 +246,7 @@ def test_noise_and_scale_of_a_sum(nm, method):
 def test_weighted_loss(method):
     "By classes that count more than others; each batch divides by its own sum of weights"
     w = torch.linspace(.5, 2, 10)
-    learn = learner(loss=CrossEntropyLossFlat(weight=w), bs=64 if method=='split' else 16) # in micro-batches of 4 those sums differ so much that the scale is 10% too small
+    learn = learner(loss=CrossEntropyLossFlat(weight=w), bs=64 if method=='split' else 16) # in micro-batches of 4 those sums differ so much that the scale comes out too small
     want = exact(learn, w[tensor([int(y) for _,y in digits()[:128]])].double())
     assert_far(want, exact(learn), .1)
     assert_close(measure(learn, method, n_batch=4, num_it=480), want)
@@ -481,6 +487,7 @@ def test_fastai_learners(make, tmp_path, method):
     set_seed(0)
     learn = make(tmp_path).remove_cb(ProgressCallback)
     measure(learn, method, lr=1e-3, num_it=6, n_batch=3)
+    assert ('tokens' in learn.recorder.bs_find_stats)==(make is language_model) # where each token has a prediction
     before = contents(learn)
     with learn.no_logging(): learn.fit(1, 1e-3)
     assert any(not torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())

@@ -1,4 +1,6 @@
 "What a measurement costs, how it counts, how sure it is: everything about it that does not depend on the kind of learner."
+import warnings
+from contextlib import ExitStack
 from unittest.mock import patch as mock_patch
 from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import *
@@ -24,11 +26,15 @@ class Scalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 def waits(f):
-    "Numbers taken out one at a time, and lists of them"
-    n,tolist = [0],Tensor.tolist
-    def counting(self): n[0] += 1; return tolist(self)
-    with Scalars() as scalars, mock_patch.object(Tensor, 'tolist', counting): f()
-    return scalars.n,n[0]
+    "Numbers taken out one at a time, lists of them, and whole tensors fetched"
+    n = dict.fromkeys(('tolist','cpu','numpy'), 0)
+    def counting(nm, orig):
+        def _f(self, *args, **kwargs): n[nm] += 1; return orig(self, *args, **kwargs)
+        return _f
+    with Scalars() as scalars, ExitStack() as stack:
+        for nm in n: stack.enter_context(mock_patch.object(Tensor, nm, counting(nm, getattr(Tensor, nm))))
+        f()
+    return scalars.n,n['tolist'],n['cpu']+n['numpy']
 
 @pytest.mark.parametrize('method', methods)
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(reduction='sum')], ids=['mean','sum'])
@@ -43,12 +49,12 @@ def test_waits_for_the_device_once_a_measurement(method, loss):
             def __iter__(self): return iter([(xs[i*64:i*64+64],ys[i*64:i*64+64]) for i in range(20)])
         learn.dls.loaders[0] = Batches()
         return waits(lambda: search(learn, num_it=num_it, n_batch=n_batch, method=method))
-    assert n(10, 5)==n(40, 20)==(0,2)
+    assert n(10, 5)==n(40, 20)==(0,2,0)
 
 def test_waits_are_counted():
     "What the test above is worth"
     t = torch.ones(3)
-    assert waits(lambda: (t.sum().item(), bool(t[0] > 0), float(t[1]), t.tolist()))==(3,1)
+    assert waits(lambda: (t.sum().item(), bool(t[0] > 0), float(t[1]), t.tolist(), t.cpu(), t.numpy()))==(3,1,2)
     class Impatient(Callback):
         def before_step(self): self.learn.loss.item()
     learn = plain_learner()
@@ -103,6 +109,29 @@ def test_batches_that_cannot_be_cut():
     learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
     with pytest.raises(ValueError, match=r"got first dimensions \[64, 64, 0\]. Use method='accumulate'"): search(learn, method='split')
     assert search(learn) is not None
+
+def test_auto_measures_batches_that_cannot_be_cut():
+    "It would cut them, as the windows are larger than half of the data, and holds the weights instead"
+    def measured(method):
+        learn = plain_learner(n=256)
+        learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda items: (torch.stack([x for x,_ in items]), torch.stack([y for _,y in items]), tensor(1.)))
+        learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            search(learn, method=method)
+        return learn.recorder.bs_find_stats
+    auto,accumulate = measured('auto'),measured('accumulate')
+    assert len(auto) >= len(accumulate)-1
+    assert np.allclose(auto.noise.iloc[-1], accumulate.noise.iloc[-1], rtol=.3)
+
+def test_auto_cuts_such_small_data():
+    "What the test above is worth"
+    learn,sizes = plain_learner(n=256),[]
+    class Sizes(Callback):
+        def before_batch(self): sizes.append(len(self.yb[0]))
+    learn.add_cb(Sizes())
+    search(learn)
+    assert set(sizes)=={16}
 
 # --- per_example
 
@@ -239,15 +268,15 @@ def test_split_keeps_the_schedule():
     assert np.allclose(lrs, lrs2) and np.isclose(pct, pct2) and torch.allclose(weights, weights2, atol=1e-4)
 
 class CancelAt(Callback):
-    "Skip the rest of the batch in the `n`th `event`"
+    "Skip the rest of the batch in the `n`th `event`; before the backward pass, only that"
     def __init__(self, event, n):
-        self.n,self.seen = n,0
+        self.n,self.seen,self.error = n,0,CancelBackwardException if event=='before_backward' else CancelBatchException
         setattr(self, event, self.cancel)
     def cancel(self):
         self.seen += 1
-        if self.seen==self.n: raise CancelBatchException()
+        if self.seen==self.n: raise self.error()
 
-cancels = pytest.mark.parametrize('event', ['after_loss','after_backward'])
+cancels = pytest.mark.parametrize('event', ['after_loss','before_backward','after_backward'])
 
 @cancels
 def test_cancelled_micro_batch(event):
@@ -271,6 +300,24 @@ def test_cancelled_batch_of_a_window(event):
         with learn.no_logging(): learn.fit(1, 1e-12, cbs=[BSFinder(method='accumulate', n_batch=2, beta=1), *cbs])
         return learn.recorder.noise[-1], learn.recorder.scale[-1]
     assert recorded(0, CancelAt(event, 1))==pytest.approx(recorded(64), rel=1e-4)
+
+@pytest.mark.parametrize('event', ['before_step','after_backward'])
+def test_callback_that_changes_gradients_early(event):
+    "It gets a warning, unless it says that it comes later"
+    class Clip(Callback):
+        def clip(self): nn.utils.clip_grad_norm_(self.model.parameters(), .1)
+    setattr(Clip, event, Clip.clip)
+    with pytest.warns(UserWarning, match="Clip comes between the backward pass and BSFinder.*with an `order` above 6"): search(plain_learner(cbs=Clip()))
+    if event=='before_step':
+        Clip.order = 7
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            search(plain_learner(cbs=Clip()))
+
+def test_loss_of_a_mean_and_a_sum():
+    "Neither the one nor the other: said, and measured as what it is nearer to"
+    learn = plain_learner(loss=lambda p,y: F.cross_entropy(p, y) + .01*F.cross_entropy(p, y, reduction='sum'))
+    with pytest.warns(UserWarning, match='twice has 1.39 times its loss'): search(learn)
 
 def test_all_batches_cancelled():
     "A search without a single loss says so"
