@@ -50,7 +50,7 @@ def image_learner(
     dls = DataLoaders.from_dsets(train, valid, bs=64, shuffle=True, drop_last=True, num_workers=0)
     return Learner(dls, convnet(x.shape[1], len(classes)), CrossEntropyLossFlat())
 
-# %% ../nbs/05_demo.ipynb #d91be1d0
+# %% ../nbs/05_demo.ipynb #ead1e5b5
 def table_learner(
     path:Path, # CSV file
     target:str # Column to predict: a name, or a number from 0 for a file without a header
@@ -61,7 +61,7 @@ def table_learner(
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{path} can't be read as a CSV file: {e}") from None
     if target is None: raise ValueError(f"{path} is a table: say which column to predict with --target. It has {_some(df.columns)}")
     if target not in df.columns and target.isdigit():
-        header = [c for c in df.columns if pd.api.types.is_numeric_dtype(df[c]) and not _is_number(c)]
+        header = [c for c in df.columns if pd.api.types.is_numeric_dtype(df[c]) and not pd.api.types.is_bool_dtype(df[c]) and not _is_number(c)]
         if header: raise ValueError(f"{path} has a header line ({header[0]!r} stands above numbers): give the column's name to --target. It has {_some(df.columns)}")
         if int(target) >= len(df.columns): raise ValueError(f"{path} has {len(df.columns)} columns, there is no column {target}")
         df = pd.read_csv(path, skipinitialspace=True, na_values='?', header=None)

@@ -27,7 +27,7 @@ from .gradients import MicroBatches, auto_method, estimators
 from .recorder import BSRecorder
 from .state import preserve, saved_random_state
 
-# %% ../nbs/04_finder.ipynb #b44f2d15
+# %% ../nbs/04_finder.ipynb #7c0e3f95
 def _trainable(params):
     "Those of `params` that get a gradient"
     res = list(dict.fromkeys(p for p in params if p.requires_grad)) # tied ones may be in several groups
@@ -95,7 +95,7 @@ class BSFinder(Callback):
         BSRecorder.of(self.learn)
         params = _trainable(p for pl in self.opt.param_lists for p in pl)
         self.running = RunningNoiseScale(self.beta)
-        self.n_seen,self.n_measured,self.n_max,self.warned,self.n_tokens = 0,0,0,False,None
+        self.n_seen,self.n_measured,self.n_max,self.warned,self.n_tokens,self.loss_range = 0,0,0,False,None,None
         self.sums,self.total_loss,self.sum_loss,self.orig_loss = 0.,0.,None,self.learn.loss_func # MixUp puts its own in place of it later
         self.chosen = method = auto_method(self.model, self.n_batch, len(self.learn.dls.train), getattr(self.learn.dls.train, 'bs', None)) if self.method=='auto' else self.method
         for cb in self.learn.cbs: _warn_early(cb, self.order)
@@ -172,6 +172,7 @@ class BSFinder(Callback):
         if not isinstance(loss, Tensor): return # other callbacks cancelled all of these batches
         if not isinstance(sums, Tensor): sums = torch.zeros(4, device=loss.device) # no batch was complete and large enough
         noise,scale,size,n_bad,loss = torch.cat([sums, loss.to(sums).view(1)]).tolist() # here, and only here, we wait for the device
+        self.loss_range = (loss if self.loss_range is None else self.loss_range[0]),loss
         if n_bad or not math.isfinite(loss): self._not_finite(loss)
         if not size: return
         if self.n_measured==0: self.recorder.start_search(_n_items(self.learn.dls.train), self.n_tokens)
@@ -220,7 +221,7 @@ def critical(
 mk_class("BSSuggestion", Critical=critical, doc="Suggestion functions, as attributes to get tab-completion and typo-proofing")
 _all_ = ['BSSuggestion']
 
-# %% ../nbs/04_finder.ipynb #85532f86
+# %% ../nbs/04_finder.ipynb #de2c4ec0
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
     for f in funcs:
@@ -252,10 +253,16 @@ def _with_bs(dl, bs):
     "The training loader with another batch size, and with what `new` of fastai's weighted and partial loaders forgets"
     return dl.new(bs=bs, **{k: vars(dl)[k] for k in ('wgts','partial_n') if k in vars(dl)})
 
-def _check_result(rec, window):
+def _check_cut(method, bs):
+    least = {'split':4, 'per_example':2}.get(method, 1)
+    if bs is not None and bs < least: raise ValueError(f"method={method!r} compares a batch with its parts and needs at least {least} items in it, got batches of {bs}. Use method='accumulate'")
+
+def _check_result(rec, window, quiet):
     "Say so where the windows were too large for the data, or no signal was left"
     if window > rec.n_items: warn(f"A window of {window:,} examples is more than the {rec.n_items:,} of the training set, so its batches share examples and the noise scale comes out too low. Lower n_batch or bs", stacklevel=3)
-    if math.isinf(rec.settled().noise_scale): warn("The gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise num_it, n_batch or bs", stacklevel=3)
+    row = rec.settled()
+    if math.isinf(row.noise_scale): warn("The gradient drowned in noise and the noise scale is inf: too large to be seen with this many examples. Raise num_it, n_batch or bs", stacklevel=3)
+    elif math.isinf(row.upper) and not quiet: warn(f"The noise scale may be far off: {rec.bs_find_summary()}. Raise num_it, n_batch or bs", stacklevel=3)
 
 # %% ../nbs/04_finder.ipynb #7e9e942f
 class _SearchProgress(Callback):
@@ -268,12 +275,12 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/04_finder.ipynb #a07d48ac
+# %% ../nbs/04_finder.ipynb #4e21e6f8
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
     bs:int=None, # Batch size to measure with; None: that of `learn.dls`
-    num_it:int=None, # Batches to process, rounded down to whole measurements; None: one epoch, or 200 batches if that is more
+    num_it:int=None, # Batches to process, rounded down to whole measurements; None: one epoch, or 200 batches or ten measurements if that is more
     n_batch:int=5, # Batches in a measurement
     beta:float=0.998, # Weight that a measurement keeps per batch that passes: the averages reach back about `1/(1-beta)` batches
     wd:float=None, # Weight decay; None: `learn.wd`
@@ -294,6 +301,7 @@ def bs_find(self:Learner,
     _check_loader(self.dls.train, bs)
     finder = BSFinder(n_batch=n_batch, beta=beta, method=method, k=k, tol=tol, reduction=reduction)
     _check_measurements(num_it, n_batch)
+    _check_cut(method, bs or getattr(self.dls.train, 'bs', None))
     rec,show_bar = BSRecorder.of(self),bool(self._grab_cbs(ProgressCallback))
     with preserve(self):
         if bs is not None: self.dls.train = _with_bs(self.dls.train, bs)
@@ -305,7 +313,9 @@ def bs_find(self:Learner,
         why = '' if finder.n_max or finder.warned else f": other callbacks cancelled every batch, or they are too small for method={finder.chosen!r}. 'accumulate' takes batches of any size"
         warn(f"bs_find made no measurement, so it has no suggestion{why}", stacklevel=2)
         return
-    _check_result(rec, finder.n_max)
+    _check_result(rec, finder.n_max, finder.warned)
+    first,last = finder.loss_range
+    if math.isfinite(last) and last > 2*abs(first): warn(f"The loss grew {last/first:,.1f} times during the search, so this is the noise scale of a training that diverges. Lower the learning rate: `learn.lr_find()` suggests one" if first > 0 else "The loss grew during the search: lower the learning rate", stacklevel=2)
     sugg = SuggestedBSs(*(f(rec) for f in funcs))
     if show_plot: rec.plot_bs_find(suggestions=sugg, nms=sugg._fields)
     if funcs: return sugg

@@ -13,7 +13,7 @@ from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from .stats import nearest_pow2, noise_scale
 
-# %% ../nbs/02_recorder.ipynb #7e7e0dba
+# %% ../nbs/02_recorder.ipynb #e70fe938
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
@@ -68,9 +68,10 @@ class BSRecorder(Recorder):
         row,unit = self.settled(),'' if self.n_tokens is None else f' sequences of {self.n_tokens:,.0f} tokens'
         low,high = (nearest_pow2(o, max(1, self.n_items)) if o < math.inf else None for o in (row.lower, row.upper))
         if not math.isfinite(row.noise_scale) or high is None:
-            more = " or more" if 2*low <= self.n_items else f", the most that {self.n_items:,} training items allow"
-            if not row.lower: return "critical batch size unknown: the gradient drowned in noise, and more batches are needed to see it"
-            return f"critical batch size at least {_batch_sizes(row.lower)}{unit}, 95% interval {_batch_sizes(row.lower)} to inf, so {low:,}{more}"
+            if not row.lower: return "critical batch size unknown: the measurements scatter too much to tell, more batches are needed"
+            low = 2**math.ceil(math.log2(max(1, row.lower)))
+            choice = f"{low:,} or more" if low <= self.n_items else f"the most that {self.n_items:,} training items allow"
+            return f"critical batch size at least {_batch_sizes(row.lower)}{unit}, 95% interval {_batch_sizes(row.lower)} to inf, so {choice}"
         choice = f"{low:,}" if low==high else f"{low:,} or {high:,}" if high==2*low else f"{low:,} to {high:,}"
         return f"critical batch size {_batch_sizes(row.noise_scale)}{unit}, 95% interval {_batch_sizes(row.lower)} to {_batch_sizes(row.upper)}, so {choice}"
 
@@ -83,7 +84,18 @@ _series = 'noise','scale','noise_scale','lower','upper','n_iter'
 _nothing = "nothing was measured yet: call `learn.bs_find()` first"
 def _batch_sizes(v, pos=None): return f'{v:.2g}' if v < 10 else f'{v:,.0f}'
 
-# %% ../nbs/02_recorder.ipynb #b0e8cbec
+# %% ../nbs/02_recorder.ipynb #60978100
+@patch(as_prop=True)
+def bs_find_stats(self:Recorder):
+    "The empty table of a recorder that has no search yet"
+    return BSRecorder().bs_find_stats
+
+@patch
+def bs_find_summary(self:Recorder):
+    "Say that there was no search yet"
+    raise ValueError(_nothing)
+
+# %% ../nbs/02_recorder.ipynb #9ef23c8b
 @patch
 def plot_bs_find(self:Recorder,
     skip_start:int=0, # Measurements at the beginning to leave out
@@ -99,8 +111,8 @@ def plot_bs_find(self:Recorder,
     ax.plot(df.index, seen, marker='.' if len(df)<50 else None)
     ax.set_yscale('log', base=2)
     ax.set(xlabel='Batches processed', ylabel='Gradient noise scale (' + ('examples)' if self.n_tokens is None else f'sequences of {self.n_tokens:,.0f} tokens)'))
-    known = df[df.upper.lt(math.inf) & df.lower.gt(0)]
-    shown = [math.log2(o) for o in (*seen.dropna(), *known.lower.iloc[-1:], *known.upper.iloc[-1:], *(suggestions or ())) if o]
+    known = df[df.lower.gt(0)]
+    shown = [math.log2(o) for o in (*seen.dropna(), *known.lower.iloc[-1:], *known.upper.iloc[-1:], *(suggestions or ())) if o and o < math.inf]
     band = df.lower.clip(lower=2.**-30), df.upper.clip(upper=2.**60) # a logarithmic axis has no room for 0 and inf
     if len(known): ax.fill_between(df.index, *band, alpha=.15, lw=0, label='95% interval')
     if shown: ax.set_ylim(2**math.floor(min(shown)-.1), 2**math.ceil(max(shown)+.1)) # whole doublings, so that there are labels

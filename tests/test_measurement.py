@@ -98,10 +98,18 @@ def test_k_is_the_number_of_micro_batches():
     assert sizes==[12,13,13,13,13]*3
 
 def test_batches_too_small_to_cut():
-    "There is no measurement, and the warning says what helps"
+    "That is known beforehand, and said; the callback can only say it afterwards"
     learn = plain_learner(bs=3)
-    with pytest.warns(UserWarning, match="too small for method='split'. 'accumulate' takes batches of any size"): assert search(learn, method='split') is None
-    assert search(learn) is not None
+    with pytest.raises(ValueError, match="at least 4 items in it, got batches of 3. Use method='accumulate'"): search(learn, method='split')
+    with pytest.raises(ValueError, match='at least 2 items in it, got batches of 1'): search(learn, method='per_example', bs=1)
+    assert search(learn) is not None and search(learn, method='split', bs=4, num_it=200) is not None
+
+def test_a_search_that_diverges_says_so():
+    with pytest.warns(UserWarning, match='The loss grew [0-9,.]+ times during the search.*Lower the learning rate'): search(plain_learner(opt_func=SGD), lr=30., num_it=60)
+
+def test_an_interval_without_an_upper_end_is_said():
+    "Too few batches for the interval to know anything: the number comes with a warning"
+    with pytest.warns(UserWarning, match='noise scale may be far off: critical batch size (unknown|at least).*Raise num_it'): search(plain_learner(), lr=1e-12, num_it=20, n_batch=10)
 
 def test_batches_that_cannot_be_cut():
     learn = plain_learner()
@@ -195,7 +203,8 @@ def test_drowned_signal_says_at_least():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         sugg = search(learn, lr=1e-6, num_it=100, n_batch=2, bs=8)
-    assert learn.recorder.upper[-1]==math.inf and re.match('critical batch size (at least|unknown)', learn.recorder.bs_find_summary())
+    row = learn.recorder.settled()
+    assert learn.recorder.upper[-1]==math.inf and row.lower > 0 and learn.recorder.bs_find_summary().startswith(f'critical batch size at least {row.lower:,.0f}')
 
 # --- beta counts batches
 

@@ -69,7 +69,7 @@ def test_demo_on_own_table(tmp_path):
         res = demo('--data', *args, '--out', 'own.png', cwd=tmp_path)
         assert res.returncode==0, res.stderr
         assert 'Batch size:' in res.stdout and (tmp_path/'own.png').exists()
-        assert not res.stderr
+        assert not res.stderr or 'noise scale may be far off' in res.stderr # which 455 rows may well give
 
 @pytest.mark.parametrize('args,words', [
     (['--data','nowhere.csv'], 'there is no file nowhere.csv'),
