@@ -3,4 +3,7 @@ from .stats import *
 from .gradients import *
 from .recorder import *
 from .state import *
+from .loaders import *
+from .profile import *
+from .suggest import *
 from .finder import *

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['BSRecorder']
 
-# %% ../nbs/02_recorder.ipynb #12fdf899
+# %% ../nbs/02_recorder.ipynb #f483e6cf
 import copyreg, math
-import pandas as pd, matplotlib.pyplot as plt
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
-from .stats import nearest_pow2, noise_scale
+from .stats import fit_step_time, nearest_pow2, noise_scale
 
-# %% ../nbs/02_recorder.ipynb #e70fe938
+# %% ../nbs/02_recorder.ipynb #44ee0fcb
 class BSRecorder(Recorder):
     "A `Recorder` that also keeps the gradient noise scale: `noise` (tr Σ), `scale` (|G|²) and `noise_scale`, one value a measurement"
     name = 'recorder'
     noise,scale,noise_scale,lower,upper,n_iter,n_items,n_tokens,ended_by_tol = (),(),(),(),(),(),math.inf,None,False
+    train_bs,search_lr,search_bs,adaptive,batch_norm,profile,profile_end,profile_key = None,None,None,False,False,(),'',()
 
     @classmethod
     def of(cls,
@@ -33,11 +34,17 @@ class BSRecorder(Recorder):
 
     def start_search(self,
         n_items:int, # Items in the training set: no batch size can be larger
-        n_tokens:float=None # For language models, tokens in a sequence; None for all others
+        n_tokens:float=None, # For language models, tokens in a sequence; None for all others
+        train_bs:int=None, # Batch size that the learner trains with
+        search_lr:float=None, # Learning rate of the search
+        search_bs:int=None, # Batch size of the search; None: `train_bs`
+        adaptive:bool=False, # Does the optimizer divide by the size of the gradients, as Adam does?
+        batch_norm:bool=False # Has the model batch norm?
     ):
         "Forget the noise scale of an earlier search"
         # Not by `setattr`: `Callback` warns when the model happens to have an attribute of the same name
-        self.__dict__.update({k:[] for k in _series}, n_items=n_items, n_tokens=n_tokens, ended_by_tol=False)
+        self.__dict__.update({k:[] for k in _series}, n_items=n_items, n_tokens=n_tokens, ended_by_tol=False,
+            train_bs=train_bs, search_lr=search_lr, search_bs=search_bs or train_bs, adaptive=adaptive, batch_norm=batch_norm)
 
     def add_measurement(self,
         n_iter:int, # Batches processed so far
@@ -75,12 +82,58 @@ class BSRecorder(Recorder):
         choice = f"{low:,}" if low==high else f"{low:,} or {high:,}" if high==2*low else f"{low:,} to {high:,}"
         return f"critical batch size {_batch_sizes(row.noise_scale)}{unit}, 95% interval {_batch_sizes(row.lower)} to {_batch_sizes(row.upper)}, so {choice}"
 
+    def set_profile(self,
+        rows:list, # A dictionary for each batch size that was tried: `bs`, `step_time` and `data_share` (nan if it failed), `memory` in bytes, `fits`
+        end:str, # A sentence: why no larger one was tried
+        key:tuple=() # What it depends on: as long as that is the same, the profile is good
+    ):
+        "Forget an earlier profile, record a new one"
+        self.__dict__.update(profile=rows, profile_end=end, profile_key=key)
+
+    @property
+    def bs_profile_stats(self):
+        "DataFrame of a profile, indexed by batch size: `step_time` in seconds, `items_per_second`, `data_share` (part of the step's time until the loader has the batch), peak `memory` in MB, and whether it `fits`"
+        df = pd.DataFrame(self.profile, columns=['bs','step_time','data_share','memory','fits']).set_index('bs')
+        df.insert(1, 'items_per_second', df.index/df.step_time)
+        df['memory'] /= 2**20
+        return df
+
+    @property
+    def largest_fit(self):
+        "The largest batch size that was tried and fits; None without a profile"
+        sizes = [o['bs'] for o in self.profile if o['fits']]
+        return max(sizes) if sizes else None
+
+    def fitting(self)->np.ndarray: # At least one
+        "The batch sizes that were tried and fit, in rising order"
+        if not len(self.profile): raise ValueError("no batch size was timed yet: call `learn.bs_profile()` first")
+        if self.largest_fit is None: raise ValueError(f"no batch size fits: {self.profile_end}")
+        return np.array([o['bs'] for o in self.profile if o['fits']])
+
+    @property
+    def step_time(self):
+        "The curve of `stats.fit_step_time` through the profile, up to the size with the most items per second: from there on caches may be short, and an item takes more time the more there are"
+        self.fitting()
+        df = self.bs_profile_stats.dropna(subset='step_time')
+        df = df.head(max(4, 1+df.items_per_second.argmax()))
+        return fit_step_time(df.index, df.step_time)
+
+    def time_of_step(self,
+        bs:int # Batch size, or an array of them
+    )->float: # Seconds, likewise
+        "How long a training step takes: as measured where that was done, along the curve in between, and above what fits by accumulating gradients"
+        curve,most,df = self.step_time,self.largest_fit,self.bs_profile_stats.query('fits')
+        size,times = np.minimum(bs, most),np.maximum(1, np.ceil(np.asarray(bs)/most))
+        res = times*curve(size)*np.exp(np.interp(np.log(size), np.log(df.index), np.log(df.step_time/curve(df.index))))
+        return res if np.ndim(bs) else float(res)
+
     def __reduce_ex__(self, protocol):
         "Pickle as a plain `Recorder`, so that an exported learner opens where this package is not installed"
         base = next(o for o in type(self).__mro__ if not issubclass(o, BSRecorder))
-        return copyreg._reconstructor, (base, object, None), {k:v for k,v in self.__getstate__().items() if k not in (*_series,'n_items','n_tokens','ended_by_tol')}
+        return copyreg._reconstructor, (base, object, None), {k:v for k,v in self.__getstate__().items() if k not in _ours}
 
 _series = 'noise','scale','noise_scale','lower','upper','n_iter'
+_ours = {*_series, 'n_items','n_tokens','ended_by_tol','train_bs','search_lr','search_bs','adaptive','batch_norm','profile','profile_end','profile_key'}
 _nothing = "nothing was measured yet: call `learn.bs_find()` first"
 def _batch_sizes(v, pos=None): return f'{v:.2g}' if v < 10 else f'{v:,.0f}'
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['noise_and_scale', 'noise_scale', 'ratio_interval', 'RunningNoiseScale', 'relative_steps', 'relative_examples',
-           'nearest_pow2']
+           'StepTime', 'fit_step_time', 'lr_factor', 'nearest_pow2']
 
-# %% ../nbs/00_stats.ipynb #c852b951
+# %% ../nbs/00_stats.ipynb #0de9a756
 import math
+from typing import NamedTuple
 import numpy as np
+from scipy.optimize import least_squares
 from scipy.stats import t as student
 
 # %% ../nbs/00_stats.ipynb #6b44ddb0
@@ -107,6 +109,50 @@ def relative_examples(
 )->float: # Examples to a given loss, as a multiple of the least possible; at least 1
     "Examples that training has to process at batch size `bs` (arXiv 1812.06162, section 2)"
     return 1 + bs/noise_scale if noise_scale > 0 else math.inf
+
+# %% ../nbs/00_stats.ipynb #f5cca5db
+class StepTime(NamedTuple):
+    "Seconds that a training step takes, over its batch size: call it with one"
+    overhead: float # Seconds however small the batch is
+    per_item: float # Seconds that each item adds when the batch is large
+    sharpness: float # Of the bend between the two; 1: they add up
+    error: float # The largest relative deviation of a measured time from this curve
+
+    def __call__(self,
+        bs:float # Batch size, or an array of them
+    )->float: # Seconds
+        "`(overhead**p + (per_item*bs)**p)**(1/p)` with `p` for `sharpness`"
+        most = np.maximum(self.overhead, self.per_item*bs)
+        return most*((self.overhead/most)**self.sharpness + (self.per_item*bs/most)**self.sharpness)**(1/self.sharpness)
+
+    @property
+    def saturation(self):
+        "The batch size at which items weigh as much as the overhead"
+        return self.overhead/self.per_item
+
+def fit_step_time(
+    sizes:list, # Batch sizes, at least one
+    times:list # Seconds of a step at each
+)->StepTime: # Its `sharpness` is 1 where there are less than four sizes to tell
+    "Fit the curve of `StepTime` to measured times, by their relative deviations"
+    sizes,times = np.asarray(sizes, float),np.asarray(times, float)
+    if len(sizes)==1: return StepTime(0., times[0]/sizes[0], 1., 0.)
+    def curve(o): return StepTime(*np.exp(o[:2]), o[2] if len(o)>2 else 1., 0.)
+    start = [math.log(times[0]), math.log(times[-1]/sizes[-1])] + [1.5]*(len(sizes)>3)
+    least = least_squares(lambda o: np.log(curve(o)(sizes)/times), start, loss='soft_l1', f_scale=.1, bounds=([-40,-40,1][:len(start)], [20,20,8][:len(start)]))
+    fit = curve(least.x)
+    return fit._replace(error=float(np.abs(times/fit(sizes)-1).max()))
+
+# %% ../nbs/00_stats.ipynb #cf644a59
+def lr_factor(
+    bs_from:float, # Batch size that the learning rate is good for
+    bs_to:float, # Batch size to go to
+    noise_scale:float=math.inf, # Gradient noise scale; `inf`, the default: unknown, and taken to be far above both
+    power:float=1. # Of the bracket: 1 for SGD, 0.5 for Adam and the like
+)->float: # To multiply the learning rate with
+    "The ratio of the best learning rates at two batch sizes (arXiv 1812.06162, eq. 2.5)"
+    linear = bs_to/bs_from
+    return (linear if noise_scale==math.inf else linear*(bs_from+noise_scale)/(bs_to+noise_scale))**power
 
 # %% ../nbs/00_stats.ipynb #2ec183fb
 def nearest_pow2(

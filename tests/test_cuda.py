@@ -12,7 +12,7 @@ def test_leaves_no_trace_on_the_gpu(tmp_path, half):
     with learn.no_logging(): learn.fit(1)
     weights,state = [p.clone() for p in learn.model.parameters()], deepcopy(learn.opt.state_dict())
     rng = torch.cuda.get_rng_state()
-    learn.bs_find(1e-3, num_it=80, show_plot=False)
+    learn.bs_find(1e-3, num_it=80, show_plot=False, suggest_funcs=None)
     assert torch.equal(rng, torch.cuda.get_rng_state())
     assert all(p.is_cuda and torch.equal(p, w) for p,w in zip(learn.model.parameters(), weights))
     assert all(torch.equal(o[k], s[k]) for o,s in zip(learn.opt.state_dict()['state'], state['state']) for k in s if isinstance(s[k], Tensor))
@@ -26,7 +26,7 @@ def test_half_precision_measures_the_same(tmp_path, method):
         learn = make_learner(tmp_path)
         learn.dls.to('cuda')
         if half: learn.to_fp16()
-        learn.bs_find(1e-12, num_it=200, beta=1, method=method, show_plot=False)
+        learn.bs_find(1e-12, num_it=200, beta=1, method=method, show_plot=False, suggest_funcs=None)
         return np.array([learn.recorder.noise[-1], learn.recorder.scale[-1]])
     assert np.allclose(measured(True)/measured(False), 1, atol=.05)
 
@@ -41,6 +41,6 @@ def test_no_wait_between_measurements(tmp_path, method):
         def before_step(self): torch.cuda.set_sync_debug_mode('default' if (self.train_iter+1)%20==0 else 'error')
         def after_batch(self): torch.cuda.set_sync_debug_mode('default')
     learn.add_cb(Watch())
-    try: learn.bs_find(1e-3, num_it=60, n_batch=20, method=method, show_plot=False)
+    try: learn.bs_find(1e-3, num_it=60, n_batch=20, method=method, show_plot=False, suggest_funcs=None)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.recorder.noise_scale)==3

@@ -4,7 +4,7 @@ from fastai_bs_finder.finder import BSSuggestion
 from conftest import *
 def weights(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 def same(a, b): return list(a)==list(b) and all(map(torch.equal, a.values(), b.values()))
-def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False) | kwargs)
+def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False, suggest_funcs=BSSuggestion.Critical) | kwargs)
 
 def refused(learn, match, exc=ValueError, **kwargs):
     "`bs_find` refuses, and neither the model nor the data nor an optimizer was touched"
@@ -42,7 +42,7 @@ def test_num_it(learn, kwargs):
 @pytest.mark.parametrize('kwargs,n', [(dict(num_it=10),2), (dict(num_it=14),2), (dict(num_it=4,n_batch=2),2), ({},40), (dict(n_batch=22),10)], ids=str)
 def test_num_it_whole_windows(learn, kwargs, n):
     "The least that is not refused, whole windows only; and by default an epoch, at least 200 batches and ten windows"
-    learn.bs_find(1e-2, show_plot=False, **kwargs)
+    learn.bs_find(1e-2, show_plot=False, suggest_funcs=BSSuggestion.Critical, **kwargs)
     nb = kwargs.get('n_batch', 5)
     assert learn.recorder.n_iter==[nb*(i+1) for i in range(n)]
 
@@ -72,7 +72,7 @@ def test_extreme_bs(learn, bs):
 def test_bs_needs_fastai_loader(learn):
     "PyTorch's loader cannot be made anew with another batch size"
     learn.dls.loaders[0] = torch.utils.data.DataLoader(learn.dls.train.dataset, batch_size=64)
-    refused(learn, 'bs=32 needs a fastai DataLoader', lr=1e-2, bs=32)
+    refused(learn, 'another batch size needs a fastai DataLoader', lr=1e-2, bs=32)
 
 class Stream(torch.utils.data.IterableDataset):
     "Items one after the other, number unknown"

@@ -14,7 +14,7 @@ def plain_learner(bs=64, n=1437, model=None, loss=None, **kwargs):
     model = model or nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128,10))
     return Learner(dls, model, loss or CrossEntropyLossFlat(), **kwargs).remove_cb(ProgressCallback)
 
-def search(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=40, n_batch=10, show_plot=False) | kwargs)
+def search(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=40, n_batch=10, show_plot=False, suggest_funcs=BSSuggestion.Critical) | kwargs)
 
 # --- nothing waits for the device
 

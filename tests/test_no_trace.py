@@ -14,7 +14,7 @@ class Same:
     def __eq__(self, other): return isinstance(other, Same) and self.o is other.o
     def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
 
-_measured = 'noise','scale','noise_scale','lower','upper','n_iter','n_items','n_tokens','ended_by_tol'
+_measured = 'noise','scale','noise_scale','lower','upper','n_iter','n_items','n_tokens','ended_by_tol','train_bs','search_lr','search_bs','adaptive','batch_norm','profile','profile_end','profile_key'
 _leaves = type,FunctionType,BuiltinFunctionType,MethodType,ModuleType,str,bytes,int,float,complex,bool,type(None),Path,torch.device,torch.dtype
 
 def walk(v, path, res):
@@ -81,7 +81,7 @@ def fresh(opt='adam', workers=0, path=None, **kwargs):
 def halves(m): return [params(m[:2]), params(m[2:])]
 
 def find_lr(learn): return learn.lr_find(num_it=20, show_plot=False)
-def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False) | kwargs)
+def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False, suggest_funcs=BSSuggestion.Critical) | kwargs)
 
 def train(learn, n=1):
     "Train and return all that came of it"

@@ -1,0 +1,117 @@
+"`with_bs` for every kind of loader that fastai makes: the same items in the same order, other batches."
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.collab import CollabDataLoaders
+from fastai.tabular.all import CategoryBlock, Categorify, DataBlock, FillMissing, Normalize, TabularDataLoaders, TabularPandas
+from fastai.tabular.core import TabWeightedDL
+from fastai.text.all import LMDataLoader, SortedDL
+from fastai.vision.all import ImageBlock, aug_transforms
+from conftest import *
+
+def table(n=200):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(dict(a=rng.normal(size=n), b=rng.choice(list('xyz'), n), y=rng.integers(0, 2, n)))
+
+def tabular(): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['b'], cont_names=['a'], y_names='y', y_block=CategoryBlock(), bs=16, device='cpu')
+def weighted_table():
+    to = TabularPandas(table(), procs=[Categorify,Normalize], cat_names=['b'], cont_names=['a'], y_names='y', y_block=CategoryBlock(), splits=(list(range(160)), list(range(160,200))))
+    return DataLoaders(TabWeightedDL(to.train, bs=16, wgts=np.arange(160)%4==0, shuffle=True), TabWeightedDL(to.valid, bs=16), device='cpu')
+def collab():
+    rng = np.random.default_rng(0)
+    return CollabDataLoaders.from_df(pd.DataFrame(dict(user=rng.integers(0,20,300), item=rng.integers(0,30,300), rating=rng.integers(1,6,300))), bs=16, seed=0, device='cpu')
+def images():
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create((digits()[i][0][0]*255).byte().numpy()), get_y=lambda i: int(digits()[i][1]), batch_tfms=aug_transforms(size=8))
+    from fastai.vision.all import PILImage
+    return block.dataloaders(list(range(200)), bs=16, device='cpu')
+def sorted_texts():
+    texts = [(tensor(np.arange(1+i%13)), i%2) for i in range(200)]
+    return DataLoaders(*(SortedDL(o, bs=16, shuffle=s, before_batch=lambda b: [(torch.cat([x, x.new_zeros(13-len(x))]), y) for x,y in b]) for o,s in ((texts[:160],True), (texts[160:],False))), device='cpu')
+def language_model(): return DataLoaders(*(LMDataLoader([tensor(np.arange(i, i+50)) for i in range(n)], bs=8, seq_len=5, shuffle=s) for n,s in ((60,True), (20,False))), device='cpu')
+def weighted(): return DataLoaders(WeightedDL(digits()[:200], bs=16, wgts=np.arange(200)%3==0, shuffle=True, drop_last=True), WeightedDL(digits()[200:300], bs=16), device='cpu')
+def partial_(): return DataLoaders(PartialDL(digits()[:200], bs=16, partial_n=70, shuffle=True), PartialDL(digits()[200:300], bs=16), device='cpu')
+def plain(): return DataLoaders.from_dsets(digits()[:200], digits()[200:300], bs=16, shuffle=True, drop_last=True, num_workers=0, device='cpu')
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(digits()[:200])
+def stream(): return DataLoaders(DataLoader(Stream(), bs=16, n=200), DataLoader(Stream(), bs=16, n=200), device='cpu')
+
+kinds = [tabular, weighted_table, collab, sorted_texts, language_model, weighted, partial_, plain, stream]
+
+def sizes(dl): return [len(b[-1]) for b in dl]
+
+@pytest.mark.parametrize('make', kinds, ids=lambda o: o.__name__.strip('_'))
+def test_other_batches(make):
+    "Batches of the new size as long as there are items; classes, path and device stay, and so does the original"
+    set_seed(0)
+    dls = make()
+    old,res = [dl.bs for dl in dls.loaders],dls.with_bs(32)
+    assert type(res) is type(dls) and res.path==dls.path and res.device==dls.device and [dl.bs for dl in dls.loaders]==old
+    for a,b in zip(dls.loaders, res.loaders):
+        assert type(a) is type(b) and b.bs==32 and b.drop_last==a.drop_last and b.shuffle==a.shuffle and b.dataset is a.dataset
+        got = sizes(b)
+        assert len(got)==len(b) and set(got[:-1]) <= {32} and sum(got) >= sum(sizes(a))-32*a.drop_last-32*isinstance(a, LMDataLoader)
+    assert [dl.bs for dl in dls.with_bs(32, val_bs=24).loaders]==[32,24]
+
+@pytest.mark.parametrize('make', [tabular, weighted_table, collab, weighted, partial_, plain, stream], ids=lambda o: o.__name__.strip('_'))
+def test_same_items_in_the_same_order(make):
+    "As the loader itself would draw them next, whatever its kind, from the same random state"
+    set_seed(0)
+    dls = make()
+    res = dls.with_bs(32)
+    def targets(dl):
+        set_seed(1)
+        return torch.cat([b[-1].flatten() for b in dl])
+    a,b = targets(dls.train),targets(res.train)
+    n = min(len(a), len(b))
+    assert n > 60 and torch.equal(a[:n], b[:n])
+
+@pytest.mark.parametrize('make', kinds, ids=lambda o: o.__name__.strip('_'))
+def test_draws_no_random_numbers(make):
+    set_seed(0)
+    dls = make()
+    dls.train.n_inp if hasattr(dls.train, '_one_pass') else None
+    states = random.getstate(),np.random.get_state()[1].copy(),torch.get_rng_state()
+    dls.with_bs(32)
+    assert states[0]==random.getstate() and (states[1]==np.random.get_state()[1]).all() and torch.equal(states[2], torch.get_rng_state())
+
+def test_weights_and_parts_are_kept():
+    assert all(int(i)%3==0 for i in weighted().with_bs(32).train.get_idxs())
+    assert len(partial_().with_bs(32).train.get_idxs())==70
+    assert set(np.unique(weighted_table().with_bs(32).train.get_idxs())) <= set(range(0, 160, 4))
+
+def test_language_model_goes_on_where_it_was():
+    "Each row of a batch continues the same row of the batch before"
+    dl = language_model().with_bs(4).valid
+    batches = [x for x,_ in dl]
+    text = torch.cat([b[0] for b in batches])
+    assert len(batches[0])==4 and torch.equal(text, torch.cat([torch.arange(i, i+50) for i in range(20)])[:len(text)])
+
+def test_transforms_are_kept():
+    from fastai.vision.all import PILImage
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create((digits()[i][0][0]*255).byte().numpy()), get_y=lambda i: int(digits()[i][1]), batch_tfms=aug_transforms(size=8))
+    set_seed(0)
+    dls = block.dataloaders(list(range(200)), bs=16, device='cpu')
+    res = dls.with_bs(32)
+    assert [type(o) for o in res.train.after_batch.fs]==[type(o) for o in dls.train.after_batch.fs] and res.vocab==dls.vocab
+    assert res.one_batch()[0].shape[0]==32 and res.one_batch()[0].shape[-2:]==(8,8)
+
+def test_workers_are_kept():
+    dl = DataLoader(digits()[:64], bs=8, num_workers=1, persistent_workers=True, pin_memory=False).with_bs(16)
+    assert dl.fake_l.num_workers==1 and dl.fake_l.persistent_workers
+
+@pytest.mark.parametrize('bs', [0, -1, 2.5, '8'])
+def test_bad_sizes(bs):
+    with pytest.raises(ValueError, match='bs must be a whole number'): plain().with_bs(bs)
+
+def test_loaders_that_have_no_batch_size():
+    with pytest.raises(ValueError, match='ready-made'): DataLoader(digits()[:8], bs=None).with_bs(4)
+    with pytest.raises(ValueError, match='build your loaders with that batch size'): DataLoaders(torch.utils.data.DataLoader(digits()[:8])).with_bs(4)
+
+def test_length_that_was_given():
+    "A loader that takes only some of its items goes on doing so"
+    dl = TfmdDL(list(range(1000)), bs=10, n=100)
+    assert dl.with_bs(20).n==100
+
+def test_loader_that_cannot_be_copied():
+    "Its own error is in ours"
+    class Mine(TfmdDL):
+        def __init__(self, dataset, needed, **kwargs): super().__init__(dataset, **kwargs)
+    with pytest.raises(ValueError, match="Mine.new can't make a copy.*needed"): Mine(list(range(10)), 1, bs=2).with_bs(4)

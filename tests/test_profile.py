@@ -1,0 +1,258 @@
+"The profile: what it reports was tried, it ends where memory or time do, and the learner is as it was."
+import gc, threading, weakref
+from fastai.callback.data import PartialDL
+from unittest.mock import patch as mock_patch
+from fastai_bs_finder import profile
+from conftest import *
+
+def quick(learn, **kwargs): return learn.bs_profile(**dict(show_plot=False, limit=10.) | kwargs)
+
+class Full(Callback):
+    "Memory is used up from `bs` items on, in `event`"
+    def __init__(self, bs, event, error): setattr(self, event, self.maybe); self.bs,self.error = bs,error
+    def maybe(self):
+        if len(self.yb[0]) >= self.bs: raise self.error
+
+errors = dict(cuda=torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), cpu=RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    mps=RuntimeError('MPS backend out of memory'), cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), python=MemoryError('Unable to allocate'))
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step'])
+@pytest.mark.parametrize('bs', [16,256,1024])
+def test_out_of_memory(learn, event, bs):
+    "Wherever in a step: the size does not fit, the smaller ones do, nothing is said of larger ones"
+    learn.add_cb(Full(bs, event, errors['cuda']))
+    stats = quick(learn)
+    assert list(stats.index)==[2**i for i in range(3, int(math.log2(bs))+1)]
+    assert stats.fits.tolist()==[True]*(len(stats)-1)+[False]
+    assert stats.loc[bs, ['step_time','items_per_second','memory']].isna().all()
+    assert learn.recorder.largest_fit==bs//2 and learn.recorder.profile_end==f'{bs:,} did not fit: out of memory'
+
+@pytest.mark.parametrize('nm', errors)
+def test_kinds_of_out_of_memory(learn, nm):
+    learn.add_cb(Full(64, 'after_loss', errors[nm]))
+    assert quick(learn).fits.tolist()==[True,True,True,False]
+
+def test_nothing_fits(learn):
+    "Then there is nothing to draw, and no suggestion either"
+    learn.add_cb(Full(1, 'after_loss', errors['cuda']))
+    assert quick(learn).fits.tolist()==[False] and learn.recorder.largest_fit is None
+    with pytest.raises(ValueError, match='8 did not fit: out of memory'): learn.recorder.plot_bs_profile()
+
+def test_what_failed_is_let_go(learn):
+    "The failed attempt's predictions are gone: neither learner nor error hold them"
+    refs = []
+    class Watch(Callback):
+        def after_pred(self):
+            if len(self.yb[0]) >= 64: refs.append(weakref.ref(self.pred))
+    learn.add_cbs([Watch(), Full(64, 'after_loss', errors['cuda'])])
+    quick(learn)
+    gc.collect()
+    assert refs and all(o() is None for o in refs)
+
+@pytest.mark.parametrize('error', [ValueError('mine'), RuntimeError('another'), KeyboardInterrupt()], ids=lambda o: type(o).__name__)
+def test_other_errors_are_the_users(learn, error):
+    learn.add_cb(Full(32, 'after_loss', error))
+    weights = [p.clone() for p in learn.model.parameters()]
+    with pytest.raises(type(error)): quick(learn)
+    assert all(torch.equal(a, b) for a,b in zip(weights, learn.model.parameters()))
+    assert not [o for o in threading.enumerate() if '_watch' in o.name]
+
+@pytest.mark.parametrize('oom', [False,True])
+@pytest.mark.parametrize('opt_func', [Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['Adam','SGD','torch'])
+def test_no_trace(tmp_path, oom, opt_func):
+    "A learner that was profiled in the middle of its life trains on like a twin that never was"
+    def losses(look):
+        learn = make_learner(tmp_path, opt_func=opt_func)
+        with learn.no_logging(): learn.fit(1, 1e-2)
+        if look:
+            if oom: learn.add_cb(Full(128, 'after_backward', errors['cuda']))
+            grads = [p.grad for p in learn.model.parameters()]
+            before = learn.dls.train,learn.opt,list(learn.cbs),[None if g is None else g.clone() for g in grads]
+            quick(learn, bss=[8,64,128])
+            assert learn.dls.train is before[0] and learn.opt is before[1] and list(learn.cbs)==before[2]
+            assert all(p.grad is g and (g is None or torch.equal(g, c)) for p,g,c in zip(learn.model.parameters(), grads, before[3]))
+            if oom: learn.remove_cb(Full)
+        with learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+        return learn.recorder.losses, [p.clone() for p in learn.model.parameters()], torch.rand(1)
+    (a,p,r),(b,q,s) = losses(False),losses(True)
+    assert a==b and all(torch.equal(x, y) for x,y in zip(p, q)) and r==s
+
+def test_keeps_what_was_recorded(learn):
+    "Losses of the last training and a search before it"
+    with learn.no_logging(): learn.fit(1)
+    losses = list(learn.recorder.losses)
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    noise = list(learn.recorder.noise)
+    quick(learn, max_bs=16)
+    assert learn.recorder.losses==losses and learn.recorder.noise==noise
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    assert list(learn.recorder.bs_profile_stats.index)==[8,16]
+
+def test_steps_are_whole(learn):
+    "With the optimizer's state there, and the weights where they were"
+    seen = []
+    class Look(Callback):
+        order = 500
+        def before_batch(self): seen.append((len(self.yb[0]), len(self.opt.state) , next(self.model.parameters()).sum().item()))
+    learn.add_cb(Look())
+    stats = quick(learn, max_bs=64)
+    assert {o[0] for o in seen}==set(stats.index) and all(o[1] for o in seen[1:]) and len({o[2] for o in seen})==1
+    assert all(sum(o[0]==bs for o in seen) >= 5 for bs in stats.index)
+
+class Slow(Callback):
+    "Time that no machine's noise hides: per step and per item, and in the loader"
+    def __init__(self, step=0., item=0.): self.step,self.item = step,item
+    def after_pred(self): time.sleep(self.step+self.item*len(self.yb[0]))
+
+def test_times_are_those_of_the_steps(learn):
+    learn.add_cb(Slow(.02, .0005))
+    stats = quick(learn, bss=[8,64,128], limit=20.)
+    for bs in stats.index: assert .02+.0005*bs < stats.step_time[bs] < 1.5*(.02+.0005*bs)+.03
+    assert (stats.data_share < .5).all() and (stats.items_per_second==stats.index/stats.step_time).all()
+
+def test_waiting_for_data(learn):
+    "A loader that takes most of the step's time"
+    class Lazy(Transform):
+        def encodes(self, x:Tensor): time.sleep(.001); return x
+    learn.dls.train.after_item = Pipeline([Lazy()])
+    stats = quick(learn, bss=[32])
+    assert stats.data_share[32] > .5 and stats.step_time[32] > .032
+
+def test_time_limit(learn):
+    "It looks ahead: sizes that would take too long are not begun, and it says so"
+    learn.add_cb(Slow(0., .004))
+    start = time.perf_counter()
+    stats = quick(learn, limit=3.)
+    assert time.perf_counter()-start < 4.5
+    assert 2 <= len(stats) < 8 and stats.fits.all()
+    assert learn.recorder.profile_end==f'{stats.index[-1]} was the last that the time limit of 3 s allowed'
+
+def test_machine_memory_is_left_alone(learn):
+    "Where a size could take more than what is free, it is not even tried"
+    class Memory(profile._Memory):
+        def __init__(self, device): super().__init__(device); self.room = 1000*2**20
+        def stop(self): super().stop(); self.peak = 100*2**20*getattr(self, 'n', 1); self.n = 2*getattr(self, 'n', 1)
+    with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn)
+    assert stats.memory.tolist()==[100,200,400,800] and stats.fits.all()
+    assert learn.recorder.profile_end=='128 could take more than the 1,000 MB of memory that are free, so it was not tried'
+
+def test_margin(learn):
+    "What ran but left too little does not fit"
+    class Memory(profile._Memory):
+        def stop(self): super().stop(); self.peak = .95*self.room
+    with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn, margin=.1)
+    assert stats.fits.tolist()==[False] and stats.step_time.notna().all()
+    assert learn.recorder.profile_end=='8 ran, but left less than 10% of the memory free'
+    with mock_patch.object(profile, '_Memory', Memory): assert quick(learn, margin=.01, max_bs=8).fits.tolist()==[True]
+
+def test_memory_of_the_machine():
+    "A step that keeps 200 MB for its backward pass shows"
+    class Hungry(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(10))
+        def forward(self, x):
+            big = torch.ones(len(x), 25*2**20//4//8)*self.w[0]
+            return x.flatten(1)[:,:10]*self.w + (big.sin()*0).sum()
+    learn = make_learner()
+    learn.model = Hungry()
+    memory = quick(learn, bss=[64]).memory[64]
+    assert 200 <= memory < 1500
+
+def test_sizes(learn):
+    "Powers of two from 8 as far as the data go, and the loader's own; or those that are asked for"
+    assert list(quick(learn).index)==[2**i for i in range(3,11)]
+    assert learn.recorder.profile_end=='1,024 is the largest power of two in a training set of 1,437'
+    learn.dls = learn.dls.with_bs(50)
+    assert list(quick(learn, max_bs=100).index)==[8,16,32,50,64]
+    assert learn.recorder.profile_end=='64 is the largest power of two up to max_bs=100'
+    assert list(quick(learn, bss=[100,20]).index)==[20,100]
+    assert list(quick(learn, max_bs=4).index)==[4]
+
+@pytest.mark.parametrize('kwargs,match', [(dict(bss=[]), 'bss must be whole numbers'), (dict(bss=[0]), 'bss must be whole numbers'), (dict(bss=[2000]), 'between 1 and the 1,437'), (dict(bss=[2.5]), 'bss must be whole'),
+    (dict(max_bs=2.5), 'max_bs must be a whole'), (dict(limit=-1), 'limit must be a positive'), (dict(limit=math.inf), 'limit must be a positive'), (dict(margin=1), 'margin must be')])
+def test_refused(learn, kwargs, match):
+    with pytest.raises(ValueError, match=match): learn.bs_profile(**kwargs)
+
+def test_loader_of_pytorch(learn):
+    "It can't be given another batch size, so bs_find leaves out what needs that, and says so"
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(digits()[:640], batch_size=64, shuffle=True)
+    with pytest.raises(ValueError, match='build your loaders with that batch size'): quick(learn)
+    with pytest.warns(UserWarning, match='no batch size could be timed, so some suggestions are missing'): sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
+    assert sugg.fastest is None and sugg.critical
+
+def test_profile_is_made_once_and_again_when_it_no_longer_holds(learn):
+    n = []
+    with mock_patch.object(Learner, 'bs_profile', lambda self, **kw: (n.append(1), orig(self, **kw, max_bs=64))) as _:
+        for _ in range(2): learn.bs_find(1e-2, num_it=40, show_plot=False)
+        assert len(n)==1
+        learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=(BSSuggestion.Critical,))
+        assert len(n)==1
+        learn.model[0].requires_grad_(False)
+        learn.bs_find(1e-2, num_it=40, show_plot=False)
+        assert len(n)==2
+orig = Learner.bs_profile
+
+def test_an_old_profile_is_forgotten(learn):
+    "Suggestions are not cut to what fitted another model"
+    quick(learn, max_bs=16)
+    learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=BSSuggestion.Critical)
+    assert learn.recorder.largest_fit==16
+    learn.model[0].requires_grad_(False)
+    learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=BSSuggestion.Critical)
+    assert learn.recorder.largest_fit is None
+
+def test_a_failing_profile_does_not_lose_the_search(learn):
+    "An error at a batch size that the user never asked for"
+    class Fixed(Callback):
+        def before_batch(self):
+            if len(self.yb[0])==8: raise RuntimeError('shape [64, 64] is invalid')
+    learn.add_cb(Fixed())
+    with pytest.warns(UserWarning, match='(?s)no batch size could be timed.*shape .64, 64. is invalid'): sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
+    assert sugg.fastest is None and sugg.critical
+
+def test_out_of_memory_the_second_time(learn):
+    "What fitted once and then doesn't, does not fit"
+    class Second(Callback):
+        n = 0
+        def before_train(self):
+            if self.dl.bs==256: self.n += 1
+            if self.n==2: raise errors['cuda']
+    learn.add_cb(Second())
+    stats = quick(learn)
+    assert stats.fits.tolist()==[True]*5+[False] and stats.index[-1]==256 and learn.recorder.profile_end=='256 did not fit: out of memory'
+
+@pytest.mark.parametrize('bs,event,exc', [(64,'before_batch',CancelFitException), (64,'before_batch',CancelBatchException), (64,'before_step',CancelStepException), (8,'before_batch',CancelBatchException)])
+def test_sizes_that_never_make_a_step(learn, bs, event, exc):
+    "Only whole steps count"
+    learn.add_cb(type('Ends', (Callback,), {event: lambda self: (_ for _ in ()).throw(exc()) if self.dls.train.bs >= bs else None})())
+    stats = quick(learn)
+    assert list(stats.index)==[o for o in (8,16,32) if o < bs] and stats.fits.all()
+    assert f'{bs} could not be timed' in learn.recorder.profile_end
+
+def test_epochs_without_a_batch(learn):
+    "More than the loader gives in an epoch are not tried, and it doesn't wait for them"
+    learn.dls.loaders[0] = PartialDL(digits()[:200], bs=16, partial_n=70, drop_last=True, shuffle=True)
+    assert list(quick(learn).index)==[8,16,32,64]
+    with pytest.raises(ValueError, match='between 1 and the 70 items'): quick(learn, bss=[100])
+    class Skips(Transform):
+        def encodes(self, o): raise SkipItemException
+    learn.dls.loaders[0] = DataLoader(digits()[:200], bs=16, after_item=Skips())
+    assert quick(learn).empty and '8 could not be timed: there were no batches' in learn.recorder.profile_end
+
+def test_device_is_the_one_it_will_train_on(learn):
+    "The model gets there when a fit begins, not before"
+    learn.dls.device = 'meta'
+    assert profile._device(learn)==torch.device('meta')
+    learn.dls.device = None
+    assert profile._device(learn)==torch.device('cpu')
+
+def test_batches_that_workers_have_ready_do_not_count():
+    "Their queue is used up before the clock starts"
+    watch = profile._Stopwatch(torch.device('cpu'), workers=4)
+    assert watch.left >= 2+2*4
+
+def test_exported_learner_has_no_profile(learn, tmp_path):
+    "It opens where the package is not installed"
+    quick(learn, max_bs=16)
+    import pickle
+    assert type(pickle.loads(pickle.dumps(learn.recorder))).__name__=='Recorder'
+    assert b'profile' not in pickle.dumps(learn.recorder)
