@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['BSFinder']
 
-# %% ../nbs/07_finder.ipynb #41ea3245
+# %% ../nbs/07_finder.ipynb #4b12c25a
 import math
 from collections import namedtuple
-from functools import partial
 from warnings import warn
 import numpy as np, torch
 from torch import nn, Tensor
@@ -27,7 +26,7 @@ from .recorder import BSRecorder
 from .state import preserve, saved_random_state
 from .loaders import batch_size, check_loader, n_items
 from .profile import profile_key
-from .suggest import BSSuggestion, is_adaptive, needs_profile, suggestion_name
+from .suggest import BSSuggestion, check_lr, is_adaptive, needs_profile, suggestion_name
 
 # %% ../nbs/07_finder.ipynb #869bd65a
 def _trainable(params):
@@ -215,19 +214,15 @@ class BSFinder(Callback):
         if name=='learn' and value is None: self._stop() # fastai takes a callback away after an error too, but without `after_fit`
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
 
-# %% ../nbs/07_finder.ipynb #5e0d1651
+# %% ../nbs/07_finder.ipynb #b58b1b6b
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
     for f in funcs:
-        if not callable(f): raise ValueError(f"suggest_funcs must be functions of the recorder, as BSSuggestion.Critical is, got {f!r}")
+        if not callable(f) or f is BSSuggestion: raise ValueError(f"suggest_funcs must be functions of the recorder, as BSSuggestion.Critical is, got {f!r}")
     nms = [suggestion_name(f) for f in funcs]
     try: return namedtuple('SuggestedBSs', nms)
     except ValueError:
         raise ValueError(f"each suggestion function needs a name of its own, to be a field of the result, got {', '.join(nms)}: define them with `def`, without a leading underscore") from None
-
-def _check_lr(lr):
-    for o in ([lr.start, lr.stop] if isinstance(lr, slice) else np.ravel(lr)):
-        if o is not None and not (isinstance(o, (int,float,np.number)) and 0 < o < math.inf): raise ValueError(f"lr must be positive and finite, got {lr!r}. `learn.lr_find()` suggests one")
 
 def _check_measurements(num_it, n_batch):
     if num_it is not None and num_it//n_batch < 2:
@@ -262,7 +257,7 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/07_finder.ipynb #593b6289
+# %% ../nbs/07_finder.ipynb #974eb8d3
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -281,7 +276,7 @@ def bs_find(self:Learner,
     "Launch a mock training to find a good batch size and return suggestions as a named tuple; `learn.recorder` keeps the measurements"
     funcs = tuplify(suggest_funcs)
     SuggestedBSs = _result_type(funcs)
-    _check_lr(self.lr if lr is None else lr)
+    check_lr(self.lr if lr is None else lr)
     if isinstance(lr, np.number): lr = float(lr) # fastai takes no NumPy numbers
     if getattr(self, 'loss_func', None) is None: raise ValueError("the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
     _trainable(self.model.parameters())

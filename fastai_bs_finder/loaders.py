@@ -13,7 +13,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from .state import saved_random_state
 
-# %% ../nbs/04_loaders.ipynb #f645c33c
+# %% ../nbs/04_loaders.ipynb #22754430
+def n_items(
+    dl # A loader of fastai's or PyTorch's
+)->int: # Items in an epoch
+    "How many items an epoch of a loader has: no batch can be larger"
+    return getattr(dl, 'partial_n', None) or dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
+
+# %% ../nbs/04_loaders.ipynb #8eb1a861
 _forgotten = 'wgts','partial_n','sort_func'
 
 @patch
@@ -29,28 +36,24 @@ def with_bs(self:DataLoader,
     try:
         with saved_random_state(): res = self.new(bs=bs, **kwargs)
     except Exception as e: raise ValueError(f"{type(self).__name__}.new can't make a copy with another batch size ({type(e).__name__}: {e}): build your loaders with that batch size") from e
+    if self.n is not None and res.drop_last and bs > n_items(res): raise ValueError(f"a batch of {bs:,} is more than the {n_items(res):,} items, and drop_last is set, so there would be none")
     res.rng.setstate(self.rng.getstate())
     return res
 
 @patch
 def with_bs(self:DataLoaders,
     bs:int, # Items in a batch of the training set
-    val_bs:int=None # Items in a batch of the validation set; None: `bs`
+    val_bs:int=None # Items in a batch of the validation set; None: `bs`, or all of them where there are fewer and `drop_last` is set
 )->DataLoaders: # Of the same class, splits, transforms, device and path
     "The same loaders with another batch size"
     for dl in self.loaders:
         if not isinstance(dl, DataLoader): raise ValueError(f"with_bs needs fastai's DataLoader, got {type(dl)}: build your loaders with that batch size")
     res = copy(self)
-    res.loaders = [dl.with_bs(bs if i==0 or val_bs is None else val_bs) for i,dl in enumerate(self.loaders)]
+    def valid_bs(dl): return val_bs if val_bs is not None else min(bs, n_items(dl)) if dl.drop_last else bs
+    res.loaders = [dl.with_bs(valid_bs(dl) if i else bs) for i,dl in enumerate(self.loaders)]
     return res
 
-# %% ../nbs/04_loaders.ipynb #dc19ab19
-def n_items(
-    dl # A loader of fastai's or PyTorch's
-)->int: # Items in an epoch
-    "How many items an epoch of a loader has: no batch can be larger"
-    return getattr(dl, 'partial_n', None) or dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
-
+# %% ../nbs/04_loaders.ipynb #15d5fbf9
 def batch_size(
     dl # A loader of fastai's or PyTorch's
 )->int: # Items in a batch

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['profile_key']
 
-# %% ../nbs/05_profile.ipynb #4ea6cb7d
+# %% ../nbs/05_profile.ipynb #a69409bc
 import gc, math, time
 from numbers import Integral
 from pathlib import Path
 from threading import Event, Thread
+from warnings import warn
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, psutil, torch
 from matplotlib.ticker import FuncFormatter
 from fastcore.basics import GetAttr, patch
@@ -17,13 +18,12 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastprogress.fastprogress import progress_bar
-from .stats import fit_step_time
 from .recorder import BSRecorder
 from .state import preserve, takes_part
 from .loaders import check_loader, n_items
 
-# %% ../nbs/05_profile.ipynb #c9a211fa
-_warm_up,_blocks,_block_time,_rounds,_max_idle = 2,3,.02,3,20 # steps, blocks, seconds, times that all sizes are gone through, batches or epochs without a step
+# %% ../nbs/05_profile.ipynb #3f698d89
+_warm_up,_blocks,_block_time,_rounds,_max_idle,_scatter = 2,3,.02,3,20,.5 # steps, blocks, seconds, times that all sizes are gone through, batches or epochs without a step, relative deviation
 
 def _synchronize(device):
     if device.type=='cuda': torch.cuda.synchronize(device)
@@ -128,7 +128,7 @@ def _out_of_memory(e):
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)): return True
     return isinstance(e, RuntimeError) and any(o in str(e) for o in ('out of memory', "can't allocate memory", 'not enough memory', 'ALLOC_FAILED', 'out of shared memory', 'CUDNN_STATUS_NOT_SUPPORTED'))
 
-# %% ../nbs/05_profile.ipynb #2316bc80
+# %% ../nbs/05_profile.ipynb #97d179e9
 def _sizes(dl, bss, max_bs):
     "The sizes to try, and what limits them"
     n = n_items(dl)
@@ -177,7 +177,7 @@ def bs_profile(self:Learner,
     if not 0 <= margin < 1: raise ValueError(f"margin must be at least 0 and less than 1, got {margin}")
     rec,device,until = BSRecorder.of(self),_device(self),time.perf_counter()+limit
     if any(type(o).__name__=='DistributedTrainer' for o in self.cbs): raise ValueError("bs_profile times one process: call it outside of `distrib_ctx`, on one of them")
-    memory,tried,bs,train,failed = _Memory(device),[],sizes[0],self.dls.train,None
+    memory,tried,bs,train = _Memory(device),[],sizes[0],self.dls.train
     def take(bs, memory=None):
         "Seconds a step, by block, and the part of them that went by before the batch was there"
         self.dls.train,watch = train.with_bs(bs),_Stopwatch(device, memory, getattr(train.fake_l, 'num_workers', 0))
@@ -219,6 +219,7 @@ def bs_profile(self:Learner,
         _give_back(device)
     rows = [dict(bs=o['bs'], step_time=float(np.median(o['steps'])) if o['steps'] else math.nan, data_share=sum(o['waits'])/sum(o['steps']) if o['steps'] else math.nan, memory=o['memory'], fits=o['fits']) for o in tried]
     rec.set_profile(rows, end, profile_key(self))
+    if rec.largest_fit and rec.step_time.error > _scatter: warn(f"the step times scatter, by up to {rec.step_time.error:.0%} around a curve: if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)
     if show_plot and rec.largest_fit: rec.plot_bs_profile()
     return rec.bs_profile_stats
 

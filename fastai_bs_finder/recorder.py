@@ -137,11 +137,16 @@ _ours = {*_series, 'n_items','n_tokens','ended_by_tol','train_bs','search_lr','s
 _nothing = "nothing was measured yet: call `learn.bs_find()` first"
 def _batch_sizes(v, pos=None): return f'{v:.2g}' if v < 10 else f'{v:,.0f}'
 
-# %% ../nbs/02_recorder.ipynb #60978100
+# %% ../nbs/02_recorder.ipynb #f84fffc6
 @patch(as_prop=True)
 def bs_find_stats(self:Recorder):
     "The empty table of a recorder that has no search yet"
     return BSRecorder().bs_find_stats
+
+@patch(as_prop=True)
+def bs_profile_stats(self:Recorder):
+    "The empty table of a recorder that has no profile yet"
+    return BSRecorder().bs_profile_stats
 
 @patch
 def bs_find_summary(self:Recorder):

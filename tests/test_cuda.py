@@ -44,3 +44,18 @@ def test_no_wait_between_measurements(tmp_path, method):
     try: learn.bs_find(1e-3, num_it=60, n_batch=20, method=method, show_plot=False, suggest_funcs=None)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.recorder.noise_scale)==3
+
+def test_profile_on_the_gpu(tmp_path):
+    "It runs there, memory is the device's, what doesn't fit is caught, and nothing of it stays allocated"
+    learn = make_learner(tmp_path)
+    learn.dls.to('cuda') # the model is still on the CPU
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    class Greedy(Callback):
+        def before_batch(self):
+            if len(self.yb[0]) >= 128: self.learn.held = torch.empty(2**50, device='cuda')
+    learn.add_cb(Greedy())
+    stats = learn.bs_profile(show_plot=False)
+    assert list(stats.index)==[8,16,32,64,128] and stats.fits.tolist()==[True]*4+[False]
+    assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8] and learn.recorder.profile_end=='128 did not fit: out of memory'
+    assert not any(p.is_cuda for p in learn.model.parameters()) and torch.cuda.memory_allocated()==before

@@ -365,7 +365,7 @@ def test_nan_after_overflow(learn):
     with pytest.warns(UserWarning, match='loss became NaN or infinite between batches 21 and 30. 1 measurements'): find_bs(learn, num_it=60)
     assert learn.recorder.n_iter == [20]
 
-@pytest.mark.parametrize('kwargs,match', [(dict(lr='x'), "lr must be positive and finite, got 'x'"), (dict(suggest_funcs=3), 'must be functions of the recorder')], ids=str)
+@pytest.mark.parametrize('kwargs,match', [(dict(lr='x'), "lr must be positive and finite, got 'x'"), (dict(suggest_funcs=BSSuggestion), 'must be functions of the recorder'), (dict(suggest_funcs=3), 'must be functions of the recorder')], ids=str)
 def test_other_types(learn, kwargs, match):
     "What is no number or no function is refused before the search"
     refused(learn, match, **kwargs)

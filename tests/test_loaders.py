@@ -115,3 +115,15 @@ def test_loader_that_cannot_be_copied():
     class Mine(TfmdDL):
         def __init__(self, dataset, needed, **kwargs): super().__init__(dataset, **kwargs)
     with pytest.raises(ValueError, match="Mine.new can't make a copy.*needed"): Mine(list(range(10)), 1, bs=2).with_bs(4)
+
+def test_batch_larger_than_the_data():
+    "fastai would train on nothing without a word"
+    dls = make_learner().dls
+    with pytest.raises(ValueError, match='5,000 is more than the 1,437 items'): dls.with_bs(5000)
+
+def test_small_validation_set():
+    "It keeps a batch, where it can't fill one and drops what is left"
+    dls = make_learner().dls
+    assert [o.bs for o in dls.with_bs(1024).loaders]==[1024,360] and len(dls.with_bs(1024).valid)==1
+    dls.valid.drop_last = False
+    assert dls.with_bs(1024).valid.bs==1024

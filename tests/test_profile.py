@@ -1,5 +1,5 @@
 "The profile: what it reports was tried, it ends where memory or time do, and the learner is as it was."
-import gc, threading, weakref
+import gc, threading, time, weakref
 from fastai.callback.data import PartialDL
 from unittest.mock import patch as mock_patch
 from fastai_bs_finder import profile
@@ -237,6 +237,14 @@ def test_epochs_without_a_batch(learn):
         def encodes(self, o): raise SkipItemException
     learn.dls.loaders[0] = DataLoader(digits()[:200], bs=16, after_item=Skips())
     assert quick(learn).empty and '8 could not be timed: there were no batches' in learn.recorder.profile_end
+
+def test_busy_machine(learn):
+    "Times that no machine has by itself are called in question"
+    class Busy(Callback):
+        def before_batch(self):
+            if len(self.yb[0])==32: time.sleep(.05)
+    learn.add_cb(Busy())
+    with pytest.warns(UserWarning, match='step times scatter, by up to'): quick(learn)
 
 def test_device_is_the_one_it_will_train_on(learn):
     "The model gets there when a fit begins, not before"

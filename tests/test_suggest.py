@@ -109,6 +109,8 @@ def test_accumulation_does_not_pile_up(tmp_path):
     how = learn.recorder.bs_table().how
     for bs in (128,256): exec(how[bs], globals(), dict(learn=learn))
     assert [o.n_acc for o in learn._grab_cbs(GradientAccumulation)]==[256] and learn.dls.train.bs==64
+    exec(how[32], globals(), dict(learn=learn))
+    assert not learn._grab_cbs(GradientAccumulation) and learn.dls.train.bs==32
 
 def test_schedule(tmp_path):
     "The learning rate that a watched training's batch size goes with is the peak of its schedule"
@@ -125,8 +127,8 @@ def test_fastest_at_the_end_of_the_profile_says_so():
 def test_before_a_search(tmp_path):
     rec = make_learner(tmp_path).recorder
     for f in (rec.bs_table, rec.plot_bs_tradeoff):
-        with pytest.raises(ValueError, match='call `learn.bs_find\(\)` first'): f()
-    with pytest.raises(ValueError, match='call `learn.bs_profile\(\)` first'): rec.plot_bs_profile()
+        with pytest.raises(ValueError, match=r'call `learn.bs_find\(\)` first'): f()
+    with pytest.raises(ValueError, match=r'call `learn.bs_profile\(\)` first'): rec.plot_bs_profile()
 
 def test_facts_of_a_search(tmp_path):
     "The recorder knows what it was measured with"
