@@ -187,17 +187,17 @@ def median_steps(df, task): return df[df.task==task].groupby('bs').step.median()
 
 def compare(task, df, step, f):
     "The sweep of a task as a table, and a row that has the prediction `f` beside it; `step` has the seconds of a step by batch size"
-    ours = df[df.ours.astype(bool)]
-    grid = curve(df[~df.ours.astype(bool)], step)
+    is_ours = df.ours.astype(bool)
+    ours,swept = df[is_ours],df[~is_ours]
+    grid,swept_seconds = curve(swept, step),swept.seconds.sum()
     def seconds(bs, lr):
         o = ours[(ours.bs==bs) & np.isclose(ours.lr, lr, rtol=1e-3)]
         return step[bs]*o.steps.median() if o.reached.all() else math.inf
-    swept = df[~df.ours.astype(bool)].seconds.sum()
     fastest,best,(least,critical) = int(f.fastest),grid.seconds.idxmin(),critical_of(grid)
     at_fastest,at_64 = seconds(fastest, f.lr),seconds(64, f.lr_find)
     row = {'task':task, 'lr_find':f.suggestion, 'noise scale':f'{f.noise_scale:,.0f} ({f.lower:,.0f} to {f.upper:,.0f})', 'critical':int(f.critical), 'fitted':critical, 'fastest':fastest, 'best':int(best), 's at best':grid.seconds[best],
         's at fastest':at_fastest, 's at 64':at_64, 'fastest/best':at_fastest/grid.seconds[best], 'fastest/64':at_fastest/at_64, 'fastest/best, both tuned':grid.seconds[fastest]/grid.seconds[best],
-        'lr at 64, fastest':f"{f.lr_find:.2g}, {f.lr:.2g}", 'tuned':f"{grid.lr[64]:.2g}, {grid.lr[fastest]:.2g}", 'bs_find (s)':f.bs_find_seconds, 'sweep (s)':swept, 'sweep/bs_find':swept/f.bs_find_seconds}
+        'lr at 64, fastest':f"{f.lr_find:.2g}, {f.lr:.2g}", 'tuned':f"{grid.lr[64]:.2g}, {grid.lr[fastest]:.2g}", 'bs_find (s)':f.bs_find_seconds, 'sweep (s)':swept_seconds, 'sweep/bs_find':swept_seconds/f.bs_find_seconds}
     return grid.assign(predicted=grid.step*(1+f.noise_scale/grid.index)),least,row
 
 def picture(res):

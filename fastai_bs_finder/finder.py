@@ -257,7 +257,7 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/07_finder.ipynb #974eb8d3
+# %% ../nbs/07_finder.ipynb #b27c19c8
 @patch
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: `learn.lr`
@@ -276,7 +276,8 @@ def bs_find(self:Learner,
     "Launch a mock training to find a good batch size and return suggestions as a named tuple; `learn.recorder` keeps the measurements"
     funcs = tuplify(suggest_funcs)
     SuggestedBSs = _result_type(funcs)
-    check_lr(self.lr if lr is None else lr)
+    if lr is None: lr = self.lr
+    check_lr(lr)
     if isinstance(lr, np.number): lr = float(lr) # fastai takes no NumPy numbers
     if getattr(self, 'loss_func', None) is None: raise ValueError("the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
     _trainable(self.model.parameters())
@@ -287,7 +288,7 @@ def bs_find(self:Learner,
     _check_cut(method, bs or getattr(self.dls.train, 'bs', None))
     rec,show_bar = BSRecorder.of(self),bool(self._grab_cbs(ProgressCallback))
     with preserve(self):
-        finder.train_bs,finder.search_lr = min(batch_size(self.dls.train), n_items(self.dls.train)),self.lr if lr is None else lr
+        finder.train_bs,finder.search_lr = min(batch_size(self.dls.train), n_items(self.dls.train)),lr
         if bs is not None: self.dls.train = self.dls.train.with_bs(bs)
         finder.num_it = (max(len(self.dls.train), 200, 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole measurements
         self.model.zero_grad(set_to_none=False) # what was left over would be added to the first window's gradients

@@ -128,7 +128,7 @@ def _out_of_memory(e):
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)): return True
     return isinstance(e, RuntimeError) and any(o in str(e) for o in ('out of memory', "can't allocate memory", 'not enough memory', 'ALLOC_FAILED', 'out of shared memory', 'CUDNN_STATUS_NOT_SUPPORTED'))
 
-# %% ../nbs/05_profile.ipynb #97d179e9
+# %% ../nbs/05_profile.ipynb #48dc49a1
 def _sizes(dl, bss, max_bs):
     "The sizes to try, and what limits them"
     n = n_items(dl)
@@ -219,7 +219,8 @@ def bs_profile(self:Learner,
         _give_back(device)
     rows = [dict(bs=o['bs'], step_time=float(np.median(o['steps'])) if o['steps'] else math.nan, data_share=sum(o['waits'])/sum(o['steps']) if o['steps'] else math.nan, memory=o['memory'], fits=o['fits']) for o in tried]
     rec.set_profile(rows, end, profile_key(self))
-    if rec.largest_fit and rec.step_time.error > _scatter: warn(f"the step times scatter, by up to {rec.step_time.error:.0%} around a curve: if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)
+    error = rec.step_time.error if rec.largest_fit else 0.
+    if error > _scatter: warn(f"the step times scatter, by up to {error:.0%} around a curve: if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)
     if show_plot and rec.largest_fit: rec.plot_bs_profile()
     return rec.bs_profile_stats
 

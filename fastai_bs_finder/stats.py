@@ -143,14 +143,14 @@ def fit_step_time(
     fit = curve(least.x)
     return fit._replace(error=float(np.abs(times/fit(sizes)-1).max()))
 
-# %% ../nbs/00_stats.ipynb #cf644a59
+# %% ../nbs/00_stats.ipynb #fbacb199
 def lr_factor(
     bs_from:float, # Batch size that the learning rate is good for
     bs_to:float, # Batch size to go to
     noise_scale:float=math.inf, # Gradient noise scale; `inf`, the default: unknown, and taken to be far above both
     power:float=1. # Of the bracket: 1 for SGD, 0.5 for Adam and the like
 )->float: # To multiply the learning rate with
-    "The ratio of the best learning rates at two batch sizes (arXiv 1812.06162, eq. 2.5)"
+    "The ratio of the best learning rates at two batch sizes (arXiv 1812.06162, section 2.2)"
     linear = bs_to/bs_from
     return (linear if noise_scale==math.inf else linear*(bs_from+noise_scale)/(bs_to+noise_scale))**power
 

@@ -19,7 +19,7 @@ from fastai.optimizer import average_sqr_grad, larc_step
 from .stats import lr_factor, nearest_pow2, relative_examples, relative_steps
 from .recorder import BSRecorder
 
-# %% ../nbs/06_suggest.ipynb #99098913
+# %% ../nbs/06_suggest.ipynb #10a95a86
 def _allowed(
     rec, # Recorder of a search
     wanted, # Batch size
@@ -49,17 +49,16 @@ def efficient(
     most = rec.settled().noise_scale*(1/share-1)
     return _allowed(rec, 2**max(0, math.floor(math.log2(most*(1+1e-9)))) if most else 1, 'efficient') if math.isfinite(most) else None
 
-def _times(rec, sizes, noise_scale):
-    "Time to a given loss at each of `sizes`, up to a factor; with an infinite noise scale it is that of an example"
-    sizes = np.asarray(sizes)
-    return rec.time_of_step(sizes)*(relative_steps(sizes, noise_scale) if math.isfinite(noise_scale) else 1/sizes)
+def _steps(sizes, now, noise_scale):
+    "Steps to the same loss, as a multiple of those at `now`"
+    return relative_steps(sizes, noise_scale)/relative_steps(now, noise_scale) if math.isfinite(noise_scale) else now/sizes
 
 def fastest(
     rec:BSRecorder # Recorder of a finished search and a profile
 )->int: # One of the batch sizes that were profiled and fit
     "The batch size with the least time to a given loss on this machine: a step's time times the number of steps, `1+noise_scale/B` (arXiv 1812.06162, section 2)"
     sizes = rec.fitting()
-    best = int(sizes[_times(rec, sizes, rec.settled().noise_scale).argmin()])
+    best = int(sizes[(rec.time_of_step(sizes)*_steps(sizes, 1, rec.settled().noise_scale)).argmin()])
     if best==sizes[-1] and 2*best <= rec.n_items: warn(f"fastest is {best:,}, the largest batch size that was tried and fits, and larger ones might be faster: {rec.profile_end}. `learn.bs_profile(max_bs=..., limit=...)` makes another profile", stacklevel=4)
     return best
 
@@ -119,7 +118,11 @@ def _times_lr(lr, factor):
     if isinstance(lr, slice): return slice(*(None if o is None else o*factor for o in (lr.start, lr.stop)))
     return float(lr*factor) if np.isscalar(lr) else [float(o*factor) for o in lr]
 
-# %% ../nbs/06_suggest.ipynb #16fd2e66
+# %% ../nbs/06_suggest.ipynb #77e6f087
+def _lr_text(v):
+    if isinstance(v, slice): return (f'{v.start:.2g} ' if v.start else '') + f'to {v.stop:.2g}'
+    return f'{v:.2g}' if isinstance(v, float) else str(v)
+
 class BSTable(pd.DataFrame):
     "A `DataFrame` that is shown with the digits that matter"
     @property
@@ -127,7 +130,7 @@ class BSTable(pd.DataFrame):
 
     def _formatters(self):
         def few(v): return '' if pd.isna(v) else f'{v:,.0f}' if v >= 100 else f'{v:.2g}'
-        kinds = dict(efficiency=lambda v: f'{v:.0%}', suggested=str, fits=str, how=str, lr=lambda v: f'{v:.2g}' if isinstance(v, float) else f'{v.start:.2g} to {v.stop:.2g}' if isinstance(v, slice) and v.start else f'to {v.stop:.2g}' if isinstance(v, slice) else str(v))
+        kinds = dict(efficiency=lambda v: f'{v:.0%}', suggested=str, fits=str, how=str, lr=_lr_text)
         return {k: kinds.get(k, few) for k in self.columns}
 
     def __repr__(self): return self.to_string(formatters=self._formatters(), na_rep='')
@@ -138,14 +141,10 @@ def _candidates(rec):
     "Batch sizes for the rows of the table: the current one, those that were profiled, and powers of two around the noise scale's interval"
     row = rec.settled()
     known = [o for o in (row.lower, row.noise_scale, row.upper) if 0 < o < math.inf]
-    tried = [] if rec.bs_profile_stats.empty else list(rec.bs_profile_stats.index)
+    tried = [o['bs'] for o in rec.profile]
     low,high = min([rec.train_bs, *tried, *(o/4 for o in known)]), max([rec.train_bs, *tried, *(2*o for o in known)])
     powers = [2**i for i in range(max(0, math.floor(math.log2(low))), math.ceil(math.log2(high))+1)]
     return sorted(o for o in {rec.train_bs, *tried, *powers} if o <= rec.n_items)
-
-def _steps(sizes, now, noise_scale):
-    "Steps to the same loss, as a multiple of those at `now`"
-    return relative_steps(sizes, noise_scale)/relative_steps(now, noise_scale) if math.isfinite(noise_scale) else now/sizes
 
 def _answers(rec, funcs):
     "Names and answers of those suggestion functions that can answer"
@@ -193,9 +192,9 @@ def bs_table(self:Recorder,
         df['items_per_second'],df['memory'] = profile.items_per_second,profile.memory
         df['fits'] = profile.fits.map({True:'yes', False:'no'}).fillna('not tried')
     df['lr'] = pd.Series([_times_lr(self.search_lr, lr_factor(self.search_bs, int(o), ns, .5 if self.adaptive else 1.)) for o in sizes], df.index, dtype=object) # fastai takes no NumPy numbers
-    answers = _answers(self, suggest_funcs)
+    answers,undo = _answers(self, suggest_funcs),self.largest_fit is not None and sizes[-1] > self.largest_fit
     df['suggested'] = [', '.join(k for k,v in answers.items() if v==o) for o in sizes]
-    df['how'] = [_how(self, int(o), self.largest_fit is not None and sizes[-1] > self.largest_fit) for o in sizes]
+    df['how'] = [_how(self, int(o), undo) for o in sizes]
     return df
 
 # %% ../nbs/06_suggest.ipynb #02de8e1b
