@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai_bs_finder.all import *
-from fastai_bs_finder.stats import noise_and_scale, noise_scale
+from fastai_bs_finder.stats import RunningNoiseScale, noise_and_scale, noise_scale
 
 def parser(doc, **defaults):
     "Argument parser with one option per keyword, and `--data` where `data` is among them"

@@ -91,8 +91,8 @@ def truths(task, args, done):
         set_seed(run)
         learn.dls.train.rng = random.Random(run)
         learn.bs_find(1e-12, tol=.25, show_plot=False, suggest_funcs=None)
-        rec = learn.recorder
-        rows.append(dict(method='tol=0.25', run=run, noise=rec.noise[-1]/noise, scale=rec.scale[-1]/scale, noise_scale=rec.noise_scale[-1]/ns, lower=rec.lower[-1]/ns, upper=rec.upper[-1]/ns, n_iter=rec.n_iter[-1]))
+        last = learn.recorder.bs_find_stats.iloc[-1]
+        rows.append(dict(method='tol=0.25', run=run, noise=last.noise/noise, scale=last.scale/scale, noise_scale=last.noise_scale/ns, lower=last.lower/ns, upper=last.upper/ns, n_iter=last.name))
     return pd.DataFrame(rows).assign(exact=ns)
 
 def batch_norm(args, done):

@@ -180,7 +180,7 @@ def find(task, data, suggestion):
         end = time.perf_counter()
     row = learn.recorder.settled()
     new = scale_lr(lr, 64, sugg.fastest, noise_scale=row.noise_scale, opt=learn.opt_func)
-    fit = learn.recorder.step_time
+    fit = learn.recorder.profile.step_time
     return dict(lr_find=lr, noise_scale=row.noise_scale, lower=row.lower, upper=row.upper, **sugg._asdict(), lr=new, overhead=fit.overhead, per_item=fit.per_item, error=fit.error, lr_find_seconds=mid-start, bs_find_seconds=end-mid)
 
 def median_steps(df, task): return df[df.task==task].groupby('bs').step.median()

@@ -11,6 +11,7 @@ values. `accumulate` steps once in `n_batch` batches.
 Each finished run is kept in `results/tracking_*.csv` (recorded and exact series, not smoothed); `--fresh` computes them again."""
 import itertools
 from curves import *
+from fastai_bs_finder.finder import EndSearch
 
 def adult_mlp(path):
     "`adult` without batch norm and dropout"
@@ -46,9 +47,9 @@ def track(make, lr, batches, kw, seed, n_items, every):
     "Recorded series of one mock training, and exact ones if `every`"
     set_seed(seed)
     learn = make()
-    finder = BSFinder(num_it=batches, beta=1, **kw)
+    finder = BSFinder(beta=1, **kw)
     ref = Exact(finder, n_items, every, seed)
-    with learn.no_bar(), learn.no_logging(): learn.fit(math.ceil(batches/len(learn.dls.train)), lr, cbs=[finder] + ([ref] if every else []))
+    with learn.no_bar(), learn.no_logging(): learn.fit(math.ceil(batches/len(learn.dls.train)), lr, cbs=[finder, EndSearch(finder, batches)] + ([ref] if every else []))
     recorded = pd.DataFrame([r[:3] for r in finder.running.rows], columns=['n_iter','noise','scale']).assign(series='recorded')
     return pd.concat([recorded, pd.DataFrame(ref.rows, columns=['n_iter','noise','scale']).assign(series='exact')]) if every else recorded
 

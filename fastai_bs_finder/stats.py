@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_and_scale', 'noise_scale', 'ratio_interval', 'RunningNoiseScale', 'relative_steps', 'relative_examples',
-           'StepTime', 'fit_step_time', 'lr_factor', 'nearest_pow2']
+           'StepTime', 'fit_step_time', 'nearest_pow2']
 
 # %% ../nbs/00_stats.ipynb #0de9a756
 import math
@@ -35,6 +35,13 @@ def noise_scale(
     return max(noise, 0.)/scale if scale > 0 else math.inf
 
 # %% ../nbs/00_stats.ipynb #3915e815
+def _blocks(x, w, n):
+    "Put neighbouring rows of `x` together into at most `n` blocks of about equal weight; returns their means and weights"
+    if len(x) <= n: return x,w
+    block = np.unique(((w.cumsum()-w/2)/w.sum()*n).astype(int), return_inverse=True)[1]
+    total = np.bincount(block, w)
+    return np.stack([np.bincount(block, w*o) for o in x.T], 1)/total[:,None], total
+
 def ratio_interval(
     noise:np.ndarray, # tr Σ, one value a measurement
     scale:np.ndarray, # |G|², likewise
@@ -44,11 +51,7 @@ def ratio_interval(
 )->tuple: # Lower and upper end; the upper is `inf` where `scale` may be zero, and (0, inf) says that nothing is known
     "Confidence interval for the ratio of the weighted means of `noise` and `scale` (Fieller 1954, over blocks of measurements)"
     x = np.stack([noise, scale], 1).astype(float)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, float)
-    if len(x) > n_blocks: # a block is a range of the cumulative weight
-        block = np.unique(((w.cumsum()-w/2)/w.sum()*n_blocks).astype(int), return_inverse=True)[1]
-        x = np.stack([np.bincount(block, w*o) for o in x.T], 1)/np.bincount(block, w)[:,None]
-        w = np.bincount(block, w)
+    x,w = _blocks(x, np.ones(len(x)) if weights is None else np.asarray(weights, float), n_blocks)
     w = w/w.sum()
     n = 1/np.square(w).sum() # as many blocks of equal weight would be as sure
     if n < 1.5: return 0.,math.inf
@@ -56,7 +59,8 @@ def ratio_interval(
     dev = w[:,None]*(x-mean)
     (vn,cov),(_,vs) = dev.T@dev * n/(n-1)
     t = student.ppf((1+level)/2, n-1)
-    a,b,c = mean[1]**2-t*t*vs, mean[0]*mean[1]-t*t*cov, mean[0]**2-t*t*vn # the interval's ends solve aθ² - 2bθ + c = 0
+    # the interval's ends solve aθ² - 2bθ + c = 0
+    a,b,c = mean[1]**2-t*t*vs, mean[0]*mean[1]-t*t*cov, mean[0]**2-t*t*vn
     root = math.sqrt(max(b*b-a*c, 0.))
     if mean[1] > 0 and a > 0: return max((b-root)/a, 0.),max((b+root)/a, 0.)
     if c <= 0: return 0.,math.inf
@@ -64,11 +68,11 @@ def ratio_interval(
 
 # %% ../nbs/00_stats.ipynb #31282f85
 class RunningNoiseScale:
-    "The noise scale of a training that goes on: weighted means of `noise` and `scale` that forget old batches, and their ratio's interval"
+    "The noise scale of a training that goes on: means of `noise` and `scale` that forget old batches, and the interval of their ratio"
     def __init__(self,
-        beta:float=0.998 # Weight that a measurement keeps per batch that passes, 0 up to 1: the means reach back about `1/(1-beta)` batches. 1: nothing is forgotten, 0: all but the last is
+        beta:float=0.998 # Weight that a measurement keeps per batch that passes: the means reach back about `1/(1-beta)` batches
     ):
-        if not 0 <= beta <= 1: raise ValueError(f"beta must be from 0 to 1, got {beta}")
+        if not 0 <= beta <= 1: raise ValueError(f"beta must be between 0 (only the last measurement counts) and 1 (none is forgotten), got {beta}")
         self.beta,self.rows = beta,[]
 
     def add(self,
@@ -94,6 +98,16 @@ class RunningNoiseScale:
     )->tuple: # Lower and upper end
         "Confidence interval of the noise scale as it stands, by `ratio_interval`"
         return ratio_interval(*self._weighted(), level)
+
+    def state_dict(self)->dict: # Plain numbers, to be pickled or written as JSON
+        "All that `load_state_dict` needs to go on from here"
+        return dict(beta=self.beta, rows=[list(o) for o in self.rows])
+
+    def load_state_dict(self,
+        state:dict # What `state_dict` returned
+    ):
+        "Go on from where `state` was taken"
+        self.beta,self.rows = state['beta'],[tuple(o) for o in state['rows']]
 
 # %% ../nbs/00_stats.ipynb #2d281c9f
 def relative_steps(
@@ -123,7 +137,8 @@ class StepTime(NamedTuple):
     )->float: # Seconds
         "`(overhead**p + (per_item*bs)**p)**(1/p)` with `p` for `sharpness`"
         most = np.maximum(self.overhead, self.per_item*bs)
-        return most*((self.overhead/most)**self.sharpness + (self.per_item*bs/most)**self.sharpness)**(1/self.sharpness)
+        p = self.sharpness
+        return most*((self.overhead/most)**p + (self.per_item*bs/most)**p)**(1/p)
 
     @property
     def saturation(self):
@@ -139,20 +154,10 @@ def fit_step_time(
     if len(sizes)==1: return StepTime(0., times[0]/sizes[0], 1., 0.)
     def curve(o): return StepTime(*np.exp(o[:2]), o[2] if len(o)>2 else 1., 0.)
     start = [math.log(times[0]), math.log(times[-1]/sizes[-1])] + [1.5]*(len(sizes)>3)
-    least = least_squares(lambda o: np.log(curve(o)(sizes)/times), start, loss='soft_l1', f_scale=.1, bounds=([-40,-40,1][:len(start)], [20,20,8][:len(start)]))
+    bounds = [-40,-40,1][:len(start)],[20,20,8][:len(start)]
+    least = least_squares(lambda o: np.log(curve(o)(sizes)/times), start, loss='soft_l1', f_scale=.1, bounds=bounds)
     fit = curve(least.x)
     return fit._replace(error=float(np.abs(times/fit(sizes)-1).max()))
-
-# %% ../nbs/00_stats.ipynb #fbacb199
-def lr_factor(
-    bs_from:float, # Batch size that the learning rate is good for
-    bs_to:float, # Batch size to go to
-    noise_scale:float=math.inf, # Gradient noise scale; `inf`, the default: unknown, and taken to be far above both
-    power:float=1. # Of the bracket: 1 for SGD, 0.5 for Adam and the like
-)->float: # To multiply the learning rate with
-    "The ratio of the best learning rates at two batch sizes (arXiv 1812.06162, section 2.2)"
-    linear = bs_to/bs_from
-    return (linear if noise_scale==math.inf else linear*(bs_from+noise_scale)/(bs_to+noise_scale))**power
 
 # %% ../nbs/00_stats.ipynb #2ec183fb
 def nearest_pow2(

@@ -6,6 +6,11 @@ import pytest
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai_bs_finder.all import *
+from fastai_bs_finder.recorder import BSRecorder, Search
+from fastai_bs_finder.profile import Profile
+from fastai_bs_finder.finder import EndSearch
+from fastai_bs_finder.suggest import critical, efficient, fastest, fits
+from fastai_bs_finder.stats import noise_scale
 from sklearn.datasets import load_digits
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o] # fastcore's `test_eq` and the like are no tests of ours
 
@@ -31,3 +36,8 @@ def make_learner(path='.', seed=0, bs=64, num_workers=0, opt_func=Adam, **kwargs
 
 @pytest.fixture
 def learn(tmp_path): return make_learner(tmp_path)
+
+def limited(num_it, **kwargs):
+    "A finder, and what ends its fit after `num_it` batches"
+    finder = BSFinder(**kwargs)
+    return finder,EndSearch(finder, num_it)

@@ -57,5 +57,5 @@ def test_profile_on_the_gpu(tmp_path):
     learn.add_cb(Greedy())
     stats = learn.bs_profile(show_plot=False)
     assert list(stats.index)==[8,16,32,64,128] and stats.fits.tolist()==[True]*4+[False]
-    assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8] and learn.recorder.profile_end=='128 did not fit: out of memory'
+    assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8] and learn.recorder.profile.end=='128 did not fit: out of memory'
     assert not any(p.is_cuda for p in learn.model.parameters()) and torch.cuda.memory_allocated()==before

@@ -44,7 +44,7 @@ def test_num_it_whole_windows(learn, kwargs, n):
     "The least that is not refused, whole windows only; and by default an epoch, at least 200 batches and ten windows"
     learn.bs_find(1e-2, show_plot=False, suggest_funcs=BSSuggestion.Critical, **kwargs)
     nb = kwargs.get('n_batch', 5)
-    assert learn.recorder.n_iter==[nb*(i+1) for i in range(n)]
+    assert learn.recorder.search.n_iter==[nb*(i+1) for i in range(n)]
 
 @pytest.mark.parametrize('bs', [0,-1,1438,10**6])
 def test_bs(learn, bs):
@@ -201,7 +201,7 @@ def test_nan_mid_way(learn, accident, method):
     n,before,modes = broken_loss(learn, 25, change),weights(learn),[m.training for m in learn.model.modules()]
     with pytest.warns(UserWarning, match=f'The {what} became NaN or infinite between batches 21 and 30. 2 measurements .*kept.*lower learning rate') as ws:
         res = find_bs(learn, num_it=60, method=method)
-    assert len(ws)==1 and n==[30] and learn.recorder.n_iter==[10,20]
+    assert len(ws)==1 and n==[30] and learn.recorder.search.n_iter==[10,20]
     assert all(map(math.isfinite, learn.recorder.noise+learn.recorder.scale)) and res==(critical(learn.recorder),)
     assert same(before, weights(learn)) and learn.opt is None and [m.training for m in learn.model.modules()]==modes
 
@@ -210,7 +210,7 @@ def test_one_bad_batch(learn, method):
     "One such batch is enough, though the weights are still good"
     n = broken_loss(learn, 15, lambda l: l*(math.nan if n[0]==15 else 1))
     with pytest.warns(UserWarning, match='loss became NaN'): find_bs(learn, method=method)
-    assert learn.recorder.n_iter==[10] and n==[20]
+    assert learn.recorder.search.n_iter==[10] and n==[20]
 
 @pytest.mark.parametrize('lr', [1e20,1e30])
 def test_huge_lr(learn, lr):
@@ -250,7 +250,7 @@ def test_callback_warns_and_goes_on(learn):
     "In an ordinary training the callback only watches: it warns once, and the training is the user's to stop"
     broken_loss(learn, 8, lambda l: l*math.nan)
     with learn.no_logging(), pytest.warns(UserWarning, match='NaN or infinite') as ws: learn.fit(1, 1e-2, cbs=BSFinder(n_batch=5))
-    assert len([w for w in ws if 'NaN or infinite' in str(w.message)])==1 and len(learn.recorder.losses)==22 and learn.recorder.n_iter==[5]
+    assert len([w for w in ws if 'NaN or infinite' in str(w.message)])==1 and len(learn.recorder.losses)==22 and learn.recorder.search.n_iter==[5]
 
 # --- drowned signal
 
@@ -289,8 +289,8 @@ def test_noise_scale_of_any_estimates(noise, scale, expected):
 def test_suggestion_is_sensible(learn, series, expected):
     "A power of two between 1 and the training set, or None"
     rec = BSRecorder.of(learn)
-    rec.start_search(1437)
-    for i,o in enumerate(series): rec.add_measurement(i, o if math.isfinite(o) else 1., 1. if math.isfinite(o) else -1.)
+    rec.keep(search=Search(n_items=1437))
+    for i,o in enumerate(series): rec.search.add(i, o if math.isfinite(o) else 1., 1. if math.isfinite(o) else -1.)
     assert critical(rec)==expected
 
 def test_no_warning_otherwise(learn):
@@ -357,13 +357,13 @@ def test_loss_scale(learn, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         find_bs(overflowing, num_it=40)
-    assert overflowing.recorder.n_iter == [20,30,40]
+    assert overflowing.recorder.search.n_iter == [20,30,40]
 
 def test_nan_after_overflow(learn):
     "An overflow that the scaler answers does not silence the warning of a real NaN later"
     learn.add_cb(Scaler(10, bad=range(25,100)))
     with pytest.warns(UserWarning, match='loss became NaN or infinite between batches 21 and 30. 1 measurements'): find_bs(learn, num_it=60)
-    assert learn.recorder.n_iter == [20]
+    assert learn.recorder.search.n_iter == [20]
 
 @pytest.mark.parametrize('kwargs,match', [(dict(lr='x'), "lr must be positive and finite, got 'x'"), (dict(suggest_funcs=BSSuggestion), 'must be functions of the recorder'), (dict(suggest_funcs=3), 'must be functions of the recorder')], ids=str)
 def test_other_types(learn, kwargs, match):

@@ -43,7 +43,7 @@ def measure(learn, method='accumulate', num_it=320, n_batch=8, lr=1e-12, **kwarg
     rec,after = learn.recorder,learn.model.state_dict()
     assert list(before)==list(after) and all(torch.equal(before[k], after[k]) for k in before)
     assert learn.opt is opt and learn.loss_func is fs and list(learn.cbs)==cbs and not any(p._backward_hooks for p in learn.model.parameters())
-    assert len(rec.noise)==len(rec.scale)==len(rec.noise_scale)==len(rec.bs_find_stats)==num_it//n_batch and rec.n_iter[-1]==num_it
+    assert len(rec.noise)==len(rec.scale)==len(rec.noise_scale)==len(rec.bs_find_stats)==num_it//n_batch and rec.search.n_iter[-1]==num_it
     assert all(map(math.isfinite, rec.noise+rec.scale)) and min(rec.noise) > 0
     return rec.noise[-1],rec.scale[-1]
 

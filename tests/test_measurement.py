@@ -73,7 +73,7 @@ def test_split_steps_as_normal_training_does(opt, loss, bs):
         with learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
     for a,b,start in zip(plain.model.parameters(), split.model.parameters(), plain_learner(bs).model.parameters()):
         assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, start, atol=1e-4)
-    assert split.recorder.n_iter==list(range(5, len(split.dls.train)+1, 5))
+    assert split.recorder.search.n_iter==list(range(5, len(split.dls.train)+1, 5))
 
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=['mean','sum'])
 def test_accumulate_steps_with_the_gradient_of_one_batch(loss):
@@ -83,7 +83,7 @@ def test_accumulate_steps_with_the_gradient_of_one_batch(loss):
         class Step(Callback):
             order = 100
             def before_step(self): steps.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
-        with learn.no_logging(): learn.fit(1, 1e-12, cbs=[Step()] + ([BSFinder(20, n_batch, method='accumulate')] if n_batch else []))
+        with learn.no_logging(): learn.fit(1, 1e-12, cbs=[Step()] + list(limited(20, n_batch=n_batch, method='accumulate') if n_batch else []))
         return torch.stack(steps)
     whole,windows = step(64, None),step(64, 10)
     assert len(whole)==22 and len(windows)==2
@@ -94,7 +94,7 @@ def test_k_is_the_number_of_micro_batches():
     learn = plain_learner()
     class Sizes(Callback):
         def before_batch(self): sizes.append(len(self.xb[0]))
-    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[BSFinder(num_it=3, method='split', k=5), Sizes()])
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[*limited(3, method='split', k=5), Sizes()])
     assert sizes==[12,13,13,13,13]*3
 
 def test_batches_too_small_to_cut():
@@ -184,7 +184,7 @@ def test_tol_ends_the_search():
         ends[tol] = df.index[-1]
     assert 100 <= ends[.9] <= ends[.25] < ends[.15] < 400
     search(learn, lr=1e-12, num_it=120, tol=.01)
-    assert learn.recorder.n_iter[-1]==120
+    assert learn.recorder.search.n_iter[-1]==120
 
 @pytest.mark.parametrize('tol', [0,1,25,-.1])
 def test_tol_is_a_share(learn, tol):
@@ -204,7 +204,7 @@ def test_drowned_signal_says_at_least():
         warnings.simplefilter('ignore')
         sugg = search(learn, lr=1e-6, num_it=100, n_batch=2, bs=8)
     row = learn.recorder.settled()
-    assert learn.recorder.upper[-1]==math.inf and row.lower > 0 and learn.recorder.bs_find_summary().startswith(f'critical batch size at least {row.lower:,.0f}')
+    assert learn.recorder.search.upper[-1]==math.inf and row.lower > 0 and learn.recorder.bs_find_summary().startswith(f'critical batch size at least {row.lower:,.0f}')
 
 # --- beta counts batches
 
@@ -212,8 +212,8 @@ def test_drowned_signal_says_at_least():
 def test_beta_means_the_same_for_every_n_batch(method):
     "An average's reach in batches: measurements of 5 batches weigh beta**5 less each, those of 20 beta**20"
     for n_batch in (5,20):
-        learn,finder = plain_learner(),BSFinder(num_it=100, n_batch=n_batch, beta=.97, method=method)
-        with learn.no_logging(): learn.fit(5, 1e-3, cbs=finder)
+        learn,(finder,end) = plain_learner(),limited(100, n_batch=n_batch, beta=.97, method=method)
+        with learn.no_logging(): learn.fit(5, 1e-3, cbs=[finder,end])
         raw = np.array([r[1] for r in finder.running.rows])
         w = .97**(n_batch*np.arange(len(raw))[::-1])
         assert len(raw)==100//n_batch and np.isclose(learn.recorder.noise[-1], (w*raw).sum()/w.sum(), rtol=1e-4)
@@ -249,14 +249,14 @@ def test_language_models_count_sequences_and_tokens():
     learn = lm_learner(CharLM())
     search(learn)
     df = learn.recorder.bs_find_stats
-    assert learn.recorder.n_tokens==12 and np.allclose(df.tokens, 12*df.noise_scale)
+    assert learn.recorder.search.n_tokens==12 and np.allclose(df.tokens, 12*df.noise_scale)
     assert 'sequences of 12 tokens' in learn.recorder.bs_find_summary()
     fig = learn.recorder.plot_bs_find(return_fig=True)
     assert 'sequences of 12 tokens' in fig.axes[0].get_ylabel()
 
 def test_no_tokens_elsewhere(learn):
     search(learn)
-    assert learn.recorder.n_tokens is None and 'tokens' not in learn.recorder.bs_find_stats and 'sequences' not in learn.recorder.bs_find_summary()
+    assert learn.recorder.search.n_tokens is None and 'tokens' not in learn.recorder.bs_find_stats and 'sequences' not in learn.recorder.bs_find_summary()
 
 def test_split_and_a_hidden_state():
     with pytest.warns(UserWarning, match='carries its hidden state'): search(lm_learner(Stateful()), method='split')
@@ -296,7 +296,7 @@ def test_cancelled_micro_batch(event):
             order = 100
             def before_step(self): res.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
         with learn.no_logging(): learn.fit(1, 1e-12, cbs=[Step(), BSFinder(method='split'), *cbs])
-        return torch.stack(res), learn.recorder.n_iter
+        return torch.stack(res), learn.recorder.search.n_iter
     (whole,n),(cut,n2) = steps(),steps(CancelAt(event, 7)) # the third part of the second batch
     assert torch.allclose(cut, torch.cat([whole[:1],whole[2:]]), atol=1e-6) and n2==n
 
@@ -363,10 +363,9 @@ def test_per_example_refuses_losses_that_are_no_mean(loss):
 
 def test_no_noise_at_all():
     "Items that are all alike: an interval of no width, and still a sentence"
-    rec = BSRecorder()
-    rec.start_search(100)
-    rec.add_measurement(5, 0., 1., 0., 0.)
-    assert rec.bs_find_summary()=='critical batch size 0, 95% interval 0 to 0, so 1'
+    rec = Search(n_items=100)
+    rec.add(5, 0., 1., 0., 0.)
+    assert rec.summary()=='critical batch size 0, 95% interval 0 to 0, so 1'
 
 def test_several_processes_are_refused(learn):
     class DistributedTrainer(Callback): pass

@@ -14,7 +14,7 @@ class Same:
     def __eq__(self, other): return isinstance(other, Same) and self.o is other.o
     def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
 
-_measured = 'noise','scale','noise_scale','lower','upper','n_iter','n_items','n_tokens','ended_by_tol','train_bs','search_lr','search_bs','adaptive','batch_norm','profile','profile_end','profile_key'
+_measured = 'search','profile'
 _leaves = type,FunctionType,BuiltinFunctionType,MethodType,ModuleType,str,bytes,int,float,complex,bool,type(None),Path,torch.device,torch.dtype
 
 def walk(v, path, res):
@@ -144,7 +144,7 @@ def test_a_search_changes_what_the_proof_looks_at():
     "The proof is worth something only if a mock training that is not undone shows in it"
     expected = reference('adam', 0, False)[0]
     learn = fresh()
-    learn.fit(1, 1e-2, cbs=BSFinder(num_it=20, n_batch=10))
+    learn.fit(1, 1e-2, cbs=limited(20, n_batch=10))
     got = train(learn, 2)
     assert not any(same(got[k], expected[k]) for k in ('losses','weights','opt','smooth','values','rand','idxs'))
 
@@ -238,7 +238,7 @@ def test_snapshot_sees_a_search_that_is_not_undone():
     "The snapshot is worth something only if it sees the traces of a mock training"
     learn = fresh()
     before = snapshot(learn)
-    with learn.no_logging(): learn.fit(2, 1e-2, cbs=BSFinder(num_it=30, n_batch=10))
+    with learn.no_logging(): learn.fit(2, 1e-2, cbs=limited(30, n_batch=10))
     seen = changes(before, snapshot(learn))
     for k in ('learn.opt','learn.dls.loaders[0].rng.rng','learn.dl','learn.iter','learn.final_record','learn.cbs[1].lrs.len','py','np','torch',
               'learn.model._modules[0]._parameters[weight].tensor','learn.model._modules[1]._buffers[running_mean].tensor'): assert k in seen, k

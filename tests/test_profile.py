@@ -25,7 +25,7 @@ def test_out_of_memory(learn, event, bs):
     assert list(stats.index)==[2**i for i in range(3, int(math.log2(bs))+1)]
     assert stats.fits.tolist()==[True]*(len(stats)-1)+[False]
     assert stats.loc[bs, ['step_time','items_per_second','memory']].isna().all()
-    assert learn.recorder.largest_fit==bs//2 and learn.recorder.profile_end==f'{bs:,} did not fit: out of memory'
+    assert learn.recorder.profile.largest_fit==bs//2 and learn.recorder.profile.end==f'{bs:,} did not fit: out of memory'
 
 @pytest.mark.parametrize('nm', errors)
 def test_kinds_of_out_of_memory(learn, nm):
@@ -35,7 +35,7 @@ def test_kinds_of_out_of_memory(learn, nm):
 def test_nothing_fits(learn):
     "Then there is nothing to draw, and no suggestion either"
     learn.add_cb(Full(1, 'after_loss', errors['cuda']))
-    assert quick(learn).fits.tolist()==[False] and learn.recorder.largest_fit is None
+    assert quick(learn).fits.tolist()==[False] and learn.recorder.profile.largest_fit is None
     with pytest.raises(ValueError, match='8 did not fit: out of memory'): learn.recorder.plot_bs_profile()
 
 def test_what_failed_is_let_go(learn):
@@ -125,7 +125,7 @@ def test_time_limit(learn):
     stats = quick(learn, limit=3.)
     assert time.perf_counter()-start < 4.5
     assert 2 <= len(stats) < 8 and stats.fits.all()
-    assert learn.recorder.profile_end==f'{stats.index[-1]} was the last that the time limit of 3 s allowed'
+    assert learn.recorder.profile.end==f'{stats.index[-1]} was the last that the time limit of 3 s allowed'
 
 def test_machine_memory_is_left_alone(learn):
     "Where a size could take more than what is free, it is not even tried"
@@ -134,7 +134,7 @@ def test_machine_memory_is_left_alone(learn):
         def stop(self): super().stop(); self.peak = 100*2**20*getattr(self, 'n', 1); self.n = 2*getattr(self, 'n', 1)
     with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn)
     assert stats.memory.tolist()==[100,200,400,800] and stats.fits.all()
-    assert learn.recorder.profile_end=='128 could take more than the 1,000 MB of memory that are free, so it was not tried'
+    assert learn.recorder.profile.end=='128 could take more than the 1,000 MB of memory that are free, so it was not tried'
 
 def test_margin(learn):
     "What ran but left too little does not fit"
@@ -142,7 +142,7 @@ def test_margin(learn):
         def stop(self): super().stop(); self.peak = .95*self.room
     with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn, margin=.1)
     assert stats.fits.tolist()==[False] and stats.step_time.notna().all()
-    assert learn.recorder.profile_end=='8 ran, but left less than 10% of the memory free'
+    assert learn.recorder.profile.end=='8 ran, but left less than 10% of the memory free'
     with mock_patch.object(profile, '_Memory', Memory): assert quick(learn, margin=.01, max_bs=8).fits.tolist()==[True]
 
 def test_memory_of_the_machine():
@@ -160,10 +160,10 @@ def test_memory_of_the_machine():
 def test_sizes(learn):
     "Powers of two from 8 as far as the data go, and the loader's own; or those that are asked for"
     assert list(quick(learn).index)==[2**i for i in range(3,11)]
-    assert learn.recorder.profile_end=='1,024 is the largest power of two in a training set of 1,437'
+    assert learn.recorder.profile.end=='1,024 is the largest power of two in a training set of 1,437'
     learn.dls = learn.dls.with_bs(50)
     assert list(quick(learn, max_bs=100).index)==[8,16,32,50,64]
-    assert learn.recorder.profile_end=='64 is the largest power of two up to max_bs=100'
+    assert learn.recorder.profile.end=='64 is the largest power of two up to max_bs=100'
     assert list(quick(learn, bss=[100,20]).index)==[20,100]
     assert list(quick(learn, max_bs=4).index)==[4]
 
@@ -195,10 +195,10 @@ def test_an_old_profile_is_forgotten(learn):
     "Suggestions are not cut to what fitted another model"
     quick(learn, max_bs=16)
     learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=BSSuggestion.Critical)
-    assert learn.recorder.largest_fit==16
+    assert learn.recorder.profile.largest_fit==16
     learn.model[0].requires_grad_(False)
     learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=BSSuggestion.Critical)
-    assert learn.recorder.largest_fit is None
+    assert learn.recorder.profile.largest_fit is None
 
 def test_a_failing_profile_does_not_lose_the_search(learn):
     "An error at a batch size that the user never asked for"
@@ -218,7 +218,7 @@ def test_out_of_memory_the_second_time(learn):
             if self.n==2: raise errors['cuda']
     learn.add_cb(Second())
     stats = quick(learn)
-    assert stats.fits.tolist()==[True]*5+[False] and stats.index[-1]==256 and learn.recorder.profile_end=='256 did not fit: out of memory'
+    assert stats.fits.tolist()==[True]*5+[False] and stats.index[-1]==256 and learn.recorder.profile.end=='256 did not fit: out of memory'
 
 @pytest.mark.parametrize('bs,event,exc', [(64,'before_batch',CancelFitException), (64,'before_batch',CancelBatchException), (64,'before_step',CancelStepException), (8,'before_batch',CancelBatchException)])
 def test_sizes_that_never_make_a_step(learn, bs, event, exc):
@@ -226,7 +226,7 @@ def test_sizes_that_never_make_a_step(learn, bs, event, exc):
     learn.add_cb(type('Ends', (Callback,), {event: lambda self: (_ for _ in ()).throw(exc()) if self.dls.train.bs >= bs else None})())
     stats = quick(learn)
     assert list(stats.index)==[o for o in (8,16,32) if o < bs] and stats.fits.all()
-    assert f'{bs} could not be timed' in learn.recorder.profile_end
+    assert f'{bs} could not be timed' in learn.recorder.profile.end
 
 def test_epochs_without_a_batch(learn):
     "More than the loader gives in an epoch are not tried, and it doesn't wait for them"
@@ -236,7 +236,7 @@ def test_epochs_without_a_batch(learn):
     class Skips(Transform):
         def encodes(self, o): raise SkipItemException
     learn.dls.loaders[0] = DataLoader(digits()[:200], bs=16, after_item=Skips())
-    assert quick(learn).empty and '8 could not be timed: there were no batches' in learn.recorder.profile_end
+    assert quick(learn).empty and '8 could not be timed: there were no batches' in learn.recorder.profile.end
 
 def test_busy_machine(learn):
     "Times that no machine has by itself are called in question"

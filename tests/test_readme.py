@@ -26,7 +26,7 @@ def test_code_blocks(dls, tmp_path, monkeypatch):
     for b in blocks: exec(b, names)
     sugg,learn = names['sugg'],names['learn']
     assert sugg._fields==('fastest','critical') and learn.dls.train.bs==sugg.fastest and len(learn.recorder.values)==1
-    assert learn.recorder.noise_scale and learn.recorder.largest_fit
+    assert learn.recorder.noise_scale and learn.recorder.profile.largest_fit
     assert len(blocks[0].strip().splitlines()) <= 5
 
 def test_first_command_is_the_demo():

@@ -7,11 +7,12 @@ from conftest import *
 
 def recorded(noise_scale=500., lower=400., upper=650., n_items=60_000, overhead=2e-3, per_item=2e-5, most=1024, end='2,048 did not fit: out of memory', profile=True, **kwargs):
     rec = BSRecorder()
-    rec.start_search(n_items, **(dict(train_bs=64, search_lr=.01) | kwargs))
-    rec.add_measurement(200, noise=noise_scale if math.isfinite(noise_scale) else 1., scale=1. if math.isfinite(noise_scale) else -1., lower=lower, upper=upper)
+    rec.keep(search=Search(**dict(n_items=n_items, train_bs=64, lr=.01) | kwargs))
+    rec.search.bs = rec.search.train_bs
+    rec.search.add(200, noise=noise_scale if math.isfinite(noise_scale) else 1., scale=1. if math.isfinite(noise_scale) else -1., lower=lower, upper=upper)
     sizes = [2**i for i in range(3,12) if 2**i <= n_items]
     rows = [dict(bs=b, step_time=overhead+per_item*b if b<=most else math.nan, data_share=.2, memory=(20+b)*2.**20 if b<=most else math.nan, fits=b<=most) for b in sizes]
-    if profile: rec.set_profile(rows, end)
+    if profile: rec.keep(profile=Profile(rows, end))
     return rec
 
 @pytest.mark.parametrize('ns', [3., 60., 500., 5000., math.inf])
@@ -73,8 +74,8 @@ def test_odd_recorders(kwargs):
     rec = recorded(**kwargs)
     table = rec.bs_table()
     assert table[['steps','examples','efficiency','time','time_from','time_to','lr']].map(np.isfinite).all().all()
-    assert rec.train_bs > rec.n_items or np.allclose(table.loc[rec.train_bs, ['steps','examples','time']].astype(float), 1)
-    assert max(table.index) <= max(rec.n_items, 1)
+    assert rec.search.train_bs > rec.search.n_items or np.allclose(table.loc[rec.search.train_bs, ['steps','examples','time']].astype(float), 1)
+    assert max(table.index) <= max(rec.search.n_items, 1)
     str(table), table._repr_html_(), rec.plot_bs_tradeoff(return_fig=True).savefig('/dev/null', format='png')
 
 def test_how_is_python(learn):
@@ -98,7 +99,7 @@ def test_how_is_python(learn):
 def test_accumulated_batch_has_its_size(most, bs, micro):
     "fastai steps as soon as `bs` items are through, so the micro-batch divides it"
     rec = recorded(profile=False, train_bs=bs)
-    rec.set_profile([dict(bs=most, step_time=1., data_share=0., memory=1., fits=True)], '')
+    rec.keep(profile=Profile([dict(bs=most, step_time=1., data_share=0., memory=1., fits=True)]))
     assert f'with_bs({micro});' in rec.bs_table().how[bs]
 
 def test_accumulation_does_not_pile_up(tmp_path):
@@ -116,7 +117,7 @@ def test_schedule(tmp_path):
     "The learning rate that a watched training's batch size goes with is the peak of its schedule"
     learn = make_learner(tmp_path)
     with learn.no_logging(): learn.fit_one_cycle(1, 3e-2, cbs=BSFinder(n_batch=2))
-    assert .02 < learn.recorder.search_lr <= 3e-2
+    assert .02 < learn.recorder.search.lr <= 3e-2
 
 def test_fastest_at_the_end_of_the_profile_says_so():
     with pytest.warns(UserWarning, match='fastest is 128, the largest batch size that was tried.*out of memory'): assert fastest(recorded(1e6, overhead=1., most=128, end='256 did not fit: out of memory'))==128
@@ -135,12 +136,12 @@ def test_facts_of_a_search(tmp_path):
     learn = make_learner(tmp_path, opt_func=SGD)
     learn.bs_find(.03, bs=32, num_it=40, show_plot=False, suggest_funcs=None)
     rec = learn.recorder
-    assert (rec.train_bs, rec.search_bs, rec.search_lr, rec.adaptive, rec.batch_norm)==(64, 32, .03, False, True)
+    assert (rec.search.train_bs, rec.search.bs, rec.search.lr, rec.search.adaptive, rec.search.batch_norm)==(64, 32, .03, False, True)
     assert np.isclose(rec.bs_table().lr[32], .03)
     learn = make_learner(tmp_path)
     learn.bs_find(slice(1e-4,1e-3), num_it=40, show_plot=False, suggest_funcs=None)
     table = learn.recorder.bs_table()
-    assert learn.recorder.adaptive and table.lr[64]==slice(1e-4,1e-3) and '0.0001 to 0.001' in repr(table)
+    assert learn.recorder.search.adaptive and table.lr[64]==slice(1e-4,1e-3) and '0.0001 to 0.001' in repr(table)
 
 def test_learning_rates_that_fastai_takes(tmp_path):
     "fastai can't train with a NumPy number: none comes out of the table or of scale_lr, and bs_find takes them"
