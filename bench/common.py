@@ -12,7 +12,8 @@ from fastai_bs_finder.stats import RunningNoiseScale, noise_and_scale, noise_sca
 def parser(doc, **defaults):
     "Argument parser with one option per keyword, and `--data` where `data` is among them"
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if defaults.pop('data', False): p.add_argument('--data', type=Path, required=True, help='folder with mnist.npz, adult.csv and republic.txt')
+    if defaults.pop('data', False):
+        p.add_argument('--data', type=Path, required=True, help='folder with mnist.npz, adult.csv and republic.txt')
     for k,v in defaults.items(): p.add_argument(f'--{k}', type=type(v), default=v, help='default: %(default)s')
     return p
 
@@ -27,7 +28,8 @@ def table(rows, index=None):
     cols = list(df.columns)
     print('| ' + ' | '.join(cols) + ' |')
     print('|' + '---|'*len(cols))
-    for r in df.itertuples(index=False): print('| ' + ' | '.join(f'{o:,.3g}' if isinstance(o,float) and abs(o)<1000 else f'{o:,.0f}' if isinstance(o,float) else str(o) for o in r) + ' |')
+    def shown(o): return str(o) if not isinstance(o, float) else f'{o:,.3g}' if abs(o) < 1000 else f'{o:,.0f}'
+    for r in df.itertuples(index=False): print('| ' + ' | '.join(map(shown, r)) + ' |')
     print(flush=True)
 
 def mnist_tensors(path, n=None):
@@ -48,10 +50,11 @@ def small_convnet():
         nn.Conv2d(16,16,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256,10))
 
 def exact_noise_and_scale(model, loss_func, items, n_inp=1, chunk=250):
-    "`noise` and `scale` of all `items` (tensors, of which the first `n_inp` are inputs), from the gradient of each (`torch.func`), summed up in float64"
+    "`noise` and `scale` of all `items` (tensors, the first `n_inp` are inputs), from each one's gradient, summed up in float64"
     from torch.func import functional_call, grad, vmap
     params = {k:v.detach() for k,v in model.named_parameters()}
-    def loss(params, *b): return loss_func(functional_call(model, params, tuple(o[None] for o in b[:n_inp])), *(o[None] for o in b[n_inp:]))
+    def loss(params, *b):
+        return loss_func(functional_call(model, params, tuple(o[None] for o in b[:n_inp])), *(o[None] for o in b[n_inp:]))
     per_example = vmap(grad(loss), (None,*[0]*len(items)))
     total,squares = 0.,0.
     for b in zip(*(o.split(chunk) for o in items)):

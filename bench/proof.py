@@ -1,22 +1,25 @@
-"""Does it hold when one really trains? Four tasks, each trained at batch sizes 8 to 4,096 until a validation loss that is fixed beforehand.
+"""Does it hold when one really trains? Four tasks, each trained at batch sizes 8 to 4,096 until a validation loss that
+is fixed beforehand.
 
-The sweep: at every batch size the learning rate, constant through a run, is tuned on a grid of factors of two: from the best one of the
-neighbouring size on, upwards or downwards, until it gets worse; `--seeds` times. A run ends when the mean of its last three validation
-losses is at the target, when it diverges, and when it can't win any more: after 1.5 times the steps of the best so far at its batch size
-and seed, after twice what the neighbouring size lets expect, or after 40 seconds of training, which ends the batch size too.
-Seconds are steps times the time of a step, which is measured apart, without validations: at all sizes one after the other, three times
-(the seconds that the runs themselves took are kept too, but short runs spend a part of them on starting).
+The sweep: at every batch size the learning rate, constant through a run, is tuned on a grid of factors of two: from
+the best one of the neighbouring size on, upwards or downwards, until it gets worse; `--seeds` times. A run ends when
+the mean of its last three validation losses is at the target, when it diverges, and when it can't win any more: after
+1.5 times the steps of the best so far at its batch size and seed, after twice what the neighbouring size lets expect,
+or after 40 seconds of training, which ends the batch size too. Seconds are steps times the time of a step, which is
+measured apart, without validations: at all sizes one after the other, three times (the seconds that the runs
+themselves took are kept too, but short runs spend a part of them on starting).
 
-The prediction: `lr_find` once on a learner with batches of 64, and `bs_find` with the learning rate that it suggests. Then the task is
-trained with batches of `fastest`, and the learning rate that `scale_lr` makes of lr_find's; and with batches of 64 and lr_find's own.
-That is done for two of lr_find's suggestions: `valley`, its default, and `minimum`, a tenth of the rate at which its loss is least.
+The prediction: `lr_find` once on a learner with batches of 64, and `bs_find` with the learning rate that it suggests.
+Then the task is trained with batches of `fastest`, and the learning rate that `scale_lr` makes of lr_find's; and with
+batches of 64 and lr_find's own. That is done for two of lr_find's suggestions: `valley`, its default, and `minimum`,
+a tenth of the rate at which its loss is least.
 
-What is finished is kept in `results/proof_runs.csv`, `proof_steps.csv` and `proof_find.csv`, and is not repeated; `--fresh`
-repeats them. The picture is `nbs/images/proof.png`. Let nothing else run."""
+What is finished is kept in `results/proof_runs.csv`, `proof_steps.csv` and `proof_find.csv`, and is not repeated;
+`--fresh` repeats them. The picture is `nbs/images/proof.png`. Let nothing else run."""
 from tracking import *
 import functools, matplotlib.pyplot as plt
 from fastai.callback.schedule import minimum, valley
-from matplotlib.ticker import FuncFormatter
+from fastai_bs_finder.recorder import doublings
 from scipy.optimize import least_squares
 
 suggestions = dict(valley=valley, minimum=minimum) # of lr_find
@@ -26,7 +29,8 @@ max_seconds,patience = 40,1.5
 def tensor_dls(xs, ys, n_valid):
     "Loaders over two tensors, the last `n_valid` items for validation"
     items = list(zip(xs, ys))
-    return DataLoaders.from_dsets(items[:-n_valid], items[-n_valid:], bs=64, num_workers=0, shuffle=True, drop_last=True, device='cpu')
+    return DataLoaders.from_dsets(
+        items[:-n_valid], items[-n_valid:], bs=64, num_workers=0, shuffle=True, drop_last=True, device='cpu')
 
 def mnist_dls(data): return tensor_dls(*mnist_tensors(data), 3000)
 def adult_dls(data): return adult(data).dls
@@ -39,8 +43,11 @@ def republic_dls(data):
 def classifier(dls, opt_func): return Learner(dls, small_convnet(), CrossEntropyLossFlat(), opt_func=opt_func)
 
 # loaders, learner for them, validation loss to reach, learning rate to begin the sweep with at a batch size of 64
-tasks = {'MNIST, SGD': (mnist_dls, partial(classifier, opt_func=SGD), .1, .2), 'MNIST, Adam': (mnist_dls, partial(classifier, opt_func=Adam), .1, 4e-3),
-    'Adult, Adam': (adult_dls, lambda dls: tabular_learner(dls, layers=[200,100]), .355, 2e-3), 'Republic, Adam': (republic_dls, lambda dls: Learner(dls, TinyLM(dls.n_vocab, 32, 32), CrossEntropyLossFlat()), 2., 8e-3)}
+tasks = {
+    'MNIST, SGD': (mnist_dls, partial(classifier, opt_func=SGD), .1, .2),
+    'MNIST, Adam': (mnist_dls, partial(classifier, opt_func=Adam), .1, 4e-3),
+    'Adult, Adam': (adult_dls, lambda dls: tabular_learner(dls, layers=[200,100]), .355, 2e-3),
+    'Republic, Adam': (republic_dls, lambda dls: Learner(dls, TinyLM(dls.n_vocab, 32, 32), CrossEntropyLossFlat()), 2., 8e-3)}
 
 @functools.cache
 def loaders(task, data): return tasks[task][0](data)
@@ -55,7 +62,8 @@ class ToTarget(Callback):
     "Train until the validation loss is `target`, or `max_steps` are over; the clock stands still during validations"
     order = 1000
     def __init__(self, valid, target, max_steps): self.valid,self.target,self.max_steps = valid,target,max_steps
-    def before_fit(self): self.steps,self.seconds,self.next,self.reached,self.losses,self.start = 0,0.,1,False,[],time.perf_counter()
+    def before_fit(self):
+        self.steps,self.seconds,self.next,self.reached,self.losses,self.start = 0,0.,1,False,[],time.perf_counter()
     def after_batch(self):
         self.steps += 1
         if self.steps < self.next: return
@@ -97,7 +105,9 @@ class Runs(Kept):
         "The run of these settings; `ours` are those that were predicted, and no part of the sweep"
         def told():
             row = run()
-            print(f"{task}, bs {bs}, lr {lr:.3g}, seed {seed}: {row['steps']} steps, {row['seconds']:.1f} s" + ('' if row['reached'] else ', given up'), file=sys.stderr, flush=True)
+            print(
+                f"{task}, bs {bs}, lr {lr:.3g}, seed {seed}: {row['steps']} steps, {row['seconds']:.1f} s" + ('' if row['reached'] else ', given up'),
+                file=sys.stderr, flush=True)
             return row
         return super().get(dict(task=task, bs=bs, lr=lr, seed=seed, ours=ours), told)
 
@@ -107,7 +117,9 @@ def climb(runs, task, data, bs, lr, seed, most):
     "Tune the learning rate on a grid of factors of two, from `lr` on, each within `most` steps: the best one and its steps, or None"
     found = {}
     def steps(lr):
-        r = runs.get(task, bs, lr, seed, lambda: train(task, data, bs, lr, seed, min(most, patience*min(found.values(), default=math.inf))))
+        r = runs.get(
+            task, bs, lr, seed,
+            lambda: train(task, data, bs, lr, seed, min(most, patience*min(found.values(), default=math.inf))))
         found[lr] = r.steps if r.reached else math.inf
         if not r.reached and r.seconds > max_seconds: raise TooLong
         return found[lr]
@@ -176,12 +188,16 @@ def find(task, data, suggestion):
         start = time.perf_counter()
         lr = learn.lr_find(show_plot=False, suggest_funcs=suggestions[suggestion])[0]
         mid = time.perf_counter()
-        sugg = learn.bs_find(lr, show_plot=False, suggest_funcs=(BSSuggestion.Fastest,BSSuggestion.Critical,BSSuggestion.Efficient))
+        sugg = learn.bs_find(
+            lr, show_plot=False, suggest_funcs=(BSSuggestion.Fastest,BSSuggestion.Critical,BSSuggestion.Efficient))
         end = time.perf_counter()
     row = learn.recorder.settled()
     new = scale_lr(lr, 64, sugg.fastest, noise_scale=row.noise_scale, opt=learn.opt_func)
     fit = learn.recorder.profile.step_time
-    return dict(lr_find=lr, noise_scale=row.noise_scale, lower=row.lower, upper=row.upper, **sugg._asdict(), lr=new, overhead=fit.overhead, per_item=fit.per_item, error=fit.error, lr_find_seconds=mid-start, bs_find_seconds=end-mid)
+    return dict(
+        lr_find=lr, noise_scale=row.noise_scale, lower=row.lower, upper=row.upper, **sugg._asdict(), lr=new,
+        overhead=fit.overhead, per_item=fit.per_item, error=fit.error, lr_find_seconds=mid-start,
+        bs_find_seconds=end-mid)
 
 def median_steps(df, task): return df[df.task==task].groupby('bs').step.median()
 
@@ -195,31 +211,37 @@ def compare(task, df, step, f):
         return step[bs]*o.steps.median() if o.reached.all() else math.inf
     fastest,best,(least,critical) = int(f.fastest),grid.seconds.idxmin(),critical_of(grid)
     at_fastest,at_64 = seconds(fastest, f.lr),seconds(64, f.lr_find)
-    row = {'task':task, 'lr_find':f.suggestion, 'noise scale':f'{f.noise_scale:,.0f} ({f.lower:,.0f} to {f.upper:,.0f})', 'critical':int(f.critical), 'fitted':critical, 'fastest':fastest, 'best':int(best), 's at best':grid.seconds[best],
-        's at fastest':at_fastest, 's at 64':at_64, 'fastest/best':at_fastest/grid.seconds[best], 'fastest/64':at_fastest/at_64, 'fastest/best, both tuned':grid.seconds[fastest]/grid.seconds[best],
-        'lr at 64, fastest':f"{f.lr_find:.2g}, {f.lr:.2g}", 'tuned':f"{grid.lr[64]:.2g}, {grid.lr[fastest]:.2g}", 'bs_find (s)':f.bs_find_seconds, 'sweep (s)':swept_seconds, 'sweep/bs_find':swept_seconds/f.bs_find_seconds}
+    row = {
+        'task':task, 'lr_find':f.suggestion, 'noise scale':f'{f.noise_scale:,.0f} ({f.lower:,.0f} to {f.upper:,.0f})',
+        'critical':int(f.critical), 'fitted':critical, 'fastest':fastest, 'best':int(best),
+        's at best':grid.seconds[best], 's at fastest':at_fastest, 's at 64':at_64,
+        'fastest/best':at_fastest/grid.seconds[best], 'fastest/64':at_fastest/at_64,
+        'fastest/best, both tuned':grid.seconds[fastest]/grid.seconds[best],
+        'lr at 64, fastest':f"{f.lr_find:.2g}, {f.lr:.2g}", 'tuned':f"{grid.lr[64]:.2g}, {grid.lr[fastest]:.2g}",
+        'bs_find (s)':f.bs_find_seconds, 'sweep (s)':swept_seconds, 'sweep/bs_find':swept_seconds/f.bs_find_seconds}
     return grid.assign(predicted=grid.step*(1+f.noise_scale/grid.index)),least,row
 
 def picture(res):
     "For each task the measured steps and seconds over the batch size, and what was predicted; `res` has what `compare` returns"
-    fig,axs = plt.subplots(2, len(res), figsize=(4*len(res),6.5), layout='constrained', squeeze=False)
+    fig,axs = plt.subplots(2, len(res), figsize=(4*len(res),7.5), layout='constrained', squeeze=False)
     for (top,bottom),(task,(grid,least,row)) in zip(axs.T, res.items()):
         bs = np.geomspace(grid.index[0], grid.index[-1], 100)
-        top.plot(grid.index, grid.steps, 'o', label='trained')
-        top.plot(bs, least*(1+row['fitted']/bs), color='C0', lw=1, label=f"critical batch size {row['fitted']:,.0f}")
-        top.axvline(row['critical'], color='C3', ls='--', label=f"`critical`: {row['critical']:,}")
-        top.set(title=task, ylabel='Steps')
-        bottom.plot(grid.index, grid.seconds, 'o', label='trained, learning rate tuned')
-        bottom.plot(grid.index, grid.predicted*grid.seconds.min()/grid.predicted.min(), color='C1', lw=1, label='predicted form')
-        bottom.plot([row['fastest'],64], [row['s at fastest'],row['s at 64']], 'x', color='C3', ms=9, label=f"at `fastest` and 64, rate by `{row['lr_find']}`")
-        bottom.axvline(row['fastest'], color='C3', ls='--', label=f"`fastest`: {row['fastest']:,}")
-        bottom.set(xlabel='Batch size', ylabel='Seconds')
+        top.plot(grid.index, grid.steps, 'o', label='trained, learning rate tuned')
+        top.plot(bs, least*(1+row['fitted']/bs), color='C0', lw=1, label='curve fitted to it')
+        top.axvline(row['critical'], color='C3', ls='--', label='suggested: `critical` above, `fastest` below')
+        top.set(title=f"{task}\ncritical: {row['critical']:,} suggested, {row['fitted']:,.0f} fitted", ylabel='Steps')
+        bottom.plot(grid.index, grid.seconds, 'o')
+        predicted = grid.predicted*grid.seconds.min()/grid.predicted.min()
+        bottom.plot(grid.index, predicted, color='C1', lw=1, label='predicted form')
+        bottom.plot([row['fastest'],64], [row['s at fastest'],row['s at 64']], 'x', color='C3', ms=9,
+                    label=f"trained at `fastest` and 64, learning rate by `{row['lr_find']}`")
+        bottom.axvline(row['fastest'], color='C3', ls='--')
+        bottom.set(title=f"fastest: {row['fastest']:,} suggested, {row['best']:,} found", xlabel='Batch size', ylabel='Seconds')
         for ax in (top,bottom):
-            ax.set_xscale('log', base=2)
-            ax.set_yscale('log')
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda v,_: f'{v:,.0f}'))
-            ax.grid(alpha=.3)
-            ax.legend(fontsize=8)
+            doublings(ax.xaxis)
+            doublings(ax.yaxis)
+    handles = [h for ax in axs[:,0] for h in ax.get_legend_handles_labels()[0]]
+    fig.legend(handles, [h.get_label() for h in handles], loc='outside upper center', ncols=3, frameon=False)
     return fig
 
 def main():
@@ -227,7 +249,8 @@ def main():
     p.add_argument('--task', choices=tasks, help='only this one')
     p.add_argument('--fresh', action='store_true', help='repeat finished runs')
     args = p.parse_args()
-    runs,steps,found,res = Runs(RESULTS/'proof_runs.csv', args.fresh),*(Kept(RESULTS/f'proof_{o}.csv', args.fresh) for o in ('steps','find')),{}
+    runs,steps,found,res = Runs(
+        RESULTS/'proof_runs.csv', args.fresh),*(Kept(RESULTS/f'proof_{o}.csv', args.fresh) for o in ('steps','find')),{}
     for task in [o for o in tasks if args.task in (None,o)]:
         fs = [found.get(dict(task=task, suggestion=o), lambda: find(task, args.data, o)) for o in suggestions]
         sweep(runs, task, args.data, args.seeds)

@@ -29,7 +29,7 @@ from .state import preserve
 from .loaders import batch_size, check_loader, n_items
 from .profile import Profile, profile_key
 from .lr import check_lr, is_adaptive
-from .suggest import BSSuggestion, needs_profile, suggestion_name
+from .suggest import BSSuggestion, SuggestionFuncs, needs_profile, suggestion_name
 
 # %% ../nbs/10_finder.ipynb #d376fa6b
 def trainable(
@@ -69,22 +69,6 @@ class BSFinder(Callback):
         self.estimator,self.loaders,self.search = None,(),Search()
         self.facts,self.broke = {},False # `facts` that the search is to be recorded with
 
-    def before_fit(self):
-        "Find out about the learner, and watch the parameters that the optimizer trains"
-        self._stop() # what an interrupted fit left
-        _check_callbacks(self.learn, self.order)
-        BSRecorder.of(self.learn)
-        dl,bn = self.learn.dls.train,nn.modules.batchnorm._BatchNorm
-        self.running,self.sums = RunningNoiseScale(self.running.beta),PairSums()
-        self.loss_facts = LossFacts(self.learn.loss_func, self.reduction) # MixUp puts its own in place of it later
-        self.n_seen,self.broke = 0,False
-        bs = min(batch_size(dl), n_items(dl))
-        known = dict(n_items=n_items(dl), train_bs=bs, bs=bs, lr=0., adaptive=is_adaptive(self.opt),
-                     batch_norm=any(isinstance(m, bn) for m in self.model.modules()))
-        self.search = Search(**known | self.facts)
-        est = get_estimator(self.method, self.model, len(dl), getattr(dl, 'bs', None), n_batch=self.n_batch, k=self.k)
-        self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
-
     def _start(self, est, params):
         _check_own_gradients(self.learn, est)
         self.estimator = est
@@ -98,12 +82,30 @@ class BSFinder(Callback):
         if self.estimator is not None: self.estimator.stop()
         if self.loaders:
             whole,cut = self.loaders
-            if self.learn.dl is cut: self.learn.dl = whole
+            if getattr(self.learn, 'dl', None) is cut: self.learn.dl = whole
         self.loaders = ()
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._stop() # after an error fastai takes a callback away without `after_fit`
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
+
+# %% ../nbs/10_finder.ipynb #58e60f31
+@patch
+def before_fit(self:BSFinder):
+    "Find out about the learner, and watch the parameters that the optimizer trains"
+    self._stop() # what an interrupted fit left
+    _check_callbacks(self.learn, self.order)
+    BSRecorder.of(self.learn)
+    dl,bn = self.learn.dls.train,nn.modules.batchnorm._BatchNorm
+    self.running,self.sums = RunningNoiseScale(self.running.beta),PairSums()
+    self.loss_facts = LossFacts(self.learn.loss_func, self.reduction) # MixUp puts its own in place of it later
+    self.n_seen,self.broke = 0,False
+    bs = min(batch_size(dl), n_items(dl))
+    known = dict(n_items=n_items(dl), train_bs=bs, bs=bs, lr=0., adaptive=is_adaptive(self.opt),
+                 batch_norm=any(isinstance(m, bn) for m in self.model.modules()))
+    self.search = Search(**known | self.facts)
+    est = get_estimator(self.method, self.model, len(dl), getattr(dl, 'bs', None), n_batch=self.n_batch, k=self.k)
+    self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
 
 # %% ../nbs/10_finder.ipynb #8959d87c
 @patch
@@ -322,6 +324,8 @@ def _renew_profile(learn, rec, wanted):
         f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=3)
 
 # %% ../nbs/10_finder.ipynb #b27c19c8
+_default_funcs = SuggestionFuncs((BSSuggestion.Fastest,BSSuggestion.Critical))
+
 @patch
 @delegates(BSFinder.__init__)
 def bs_find(self:Learner,
@@ -331,7 +335,7 @@ def bs_find(self:Learner,
     tol:float=None, # Stop as soon as the 95% interval lies within a factor of 1±tol, at the latest after `num_it`; None: don't
     wd:float=None, # Weight decay; None: `learn.wd`
     show_plot:bool=True, # Draw the noise scale with the suggestions
-    suggest_funcs:tuple=(BSSuggestion.Fastest,BSSuggestion.Critical), # Functions of the recorder; None: measure only
+    suggest_funcs:tuple=_default_funcs, # Functions of the recorder that return a batch size; None: measure only
     **kwargs
 ): # Named tuple of the suggestions, one field per function
     "Launch a mock training to find a good batch size and return suggestions; `learn.recorder` keeps the measurements"

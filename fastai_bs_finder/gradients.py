@@ -119,7 +119,7 @@ class Estimator:
             "no parameter got a gradient: does the loss depend on the model's output, and is any layer unfrozen?")
         return res
 
-# %% ../nbs/05_gradients.ipynb #5289dddb
+# %% ../nbs/05_gradients.ipynb #4384c271
 @patch
 def check_size(self:Estimator,
     bs:int # Items in a batch; None if that is not known beforehand
@@ -144,6 +144,7 @@ def batches(self:Estimator,
     "What the training loop is to iterate over"
     return dl
 
+# %% ../nbs/05_gradients.ipynb #16bd7129
 @patch
 def weight(self:Estimator,
     bs:int # Examples in the batch that is about to go backward

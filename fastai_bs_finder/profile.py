@@ -360,7 +360,7 @@ def bs_profile(self:Learner,
     if show_plot: rec.plot_bs_profile()
     return rec.profile.stats
 
-# %% ../nbs/07_profile.ipynb #114ef2fe
+# %% ../nbs/07_profile.ipynb #1764f214
 @patch
 def plot_bs_profile(self:Recorder,
     return_fig:bool=False # Return the matplotlib figure
@@ -376,8 +376,8 @@ def plot_bs_profile(self:Recorder,
     steps.plot(df.index, 1000*df.step_time, 'o')
     steps.plot(bs, 1000*fit(bs), color='C0', lw=1)
     title = f'{1000*fit.overhead:.2g} ms and {1000*fit.per_item:.2g} ms an item, to within {fit.error:.0%}'
-    steps.set(ylabel='Step (ms)', yscale='log', title=title)
-    steps.yaxis.set_major_formatter(lambda v,pos: f'{v:,.3g}')
+    steps.set(ylabel='Step (ms)', title=title)
+    doublings(steps.yaxis)
     for ax in (items,steps):
         doublings(ax.xaxis)
         ax.set_xlabel('Batch size')

@@ -174,6 +174,7 @@ def _state_tensors(mods, opts):
     grads = [p.grad for p in params if p.grad is not None]
     return params, [*params, *buffers, *grads, *(t for o in opts for t in tree_tensors(list(o.__dict__.values())))]
 
+# %% ../nbs/02_state.ipynb #5736ef22
 @contextmanager
 def preserve(
     learn:Learner # Whatever happens to it inside the `with` block is undone

@@ -68,11 +68,12 @@ def ratio_interval(
 
 # %% ../nbs/00_stats.ipynb #31282f85
 class RunningNoiseScale:
-    "The noise scale of a training that goes on: means of `noise` and `scale` that forget old batches, and the interval of their ratio"
+    "The noise scale of a training: means of `noise` and `scale` that forget old batches, and the interval of their ratio"
     def __init__(self,
         beta:float=0.998 # Weight that a measurement keeps per batch that passes: the means reach back about `1/(1-beta)` batches
     ):
-        if not 0 <= beta <= 1: raise ValueError(f"beta must be between 0 (only the last measurement counts) and 1 (none is forgotten), got {beta}")
+        if not 0 <= beta <= 1: raise ValueError(
+            f"beta must be between 0 (only the last measurement counts) and 1 (none is forgotten), got {beta}")
         self.beta,self.rows = beta,[]
 
     def add(self,

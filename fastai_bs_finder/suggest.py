@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['critical', 'efficient', 'relative_steps_to', 'fastest', 'fits', 'suggestion_name', 'needs_profile', 'BSTable',
-           'BSSuggestion']
+           'SuggestionFuncs', 'BSSuggestion']
 
 # %% ../nbs/09_suggest.ipynb #01037575
 import math, warnings
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import mk_class, patch
 from fastai.learner import Recorder
 from .stats import nearest_pow2, relative_examples, relative_steps
-from .recorder import BSRecorder, above, doublings, search_of
+from .recorder import BSRecorder, above, by_answer, doublings, search_of, short
 from .lr import lr_factor, times_lr
 
 # %% ../nbs/09_suggest.ipynb #2e6b6950
@@ -108,9 +108,7 @@ def _how(rec, bs, undo):
     note = f' # batch norm sees {micro} items' if rec.search.batch_norm else ''
     return f'learn.dls = learn.dls.with_bs({micro}); {remove}; learn.add_cb(GradientAccumulation({bs})){note}'
 
-# %% ../nbs/09_suggest.ipynb #f9935cb1
-def _few(v): return '' if pd.isna(v) else f'{v:,.0f}' if v >= 100 else f'{v:.2g}'
-
+# %% ../nbs/09_suggest.ipynb #94a10893
 def _lr_text(v):
     if isinstance(v, slice): return (f'{v.start:.2g} ' if v.start else '') + f'to {v.stop:.2g}'
     return f'{v:.2g}' if isinstance(v, float) else str(v)
@@ -122,15 +120,19 @@ class BSTable(pd.DataFrame):
 
     def _formatters(self):
         kinds = dict(efficiency=lambda v: f'{v:.0%}', suggested=str, fits=str, how=str, lr=_lr_text)
-        return {k: kinds.get(k, _few) for k in self.columns}
+        return {k: kinds.get(k, lambda v: '' if pd.isna(v) else short(v)) for k in self.columns}
 
     def __repr__(self): return self.to_string(formatters=self._formatters(), na_rep='')
     def _repr_html_(self):
         with pd.option_context('display.max_colwidth', None):
             return self.to_html(formatters=self._formatters(), na_rep='', notebook=True)
 
-# %% ../nbs/09_suggest.ipynb #5d49bc3a
-_all_funcs = critical,efficient,fastest,fits
+# %% ../nbs/09_suggest.ipynb #28e49a11
+class SuggestionFuncs(tuple):
+    "Suggestion functions, shown by their names in a signature"
+    def __repr__(self): return f"({', '.join(f'BSSuggestion.{o.__name__.title()}' for o in self)})"
+
+_all_funcs = SuggestionFuncs((critical,efficient,fastest,fits))
 
 def _answers(rec, funcs):
     "Names and answers of those suggestion functions that can answer"
@@ -176,7 +178,7 @@ def bs_table(self:Recorder,
     df['how'] = [_how(self, int(o), undo) for o in sizes]
     return df
 
-# %% ../nbs/09_suggest.ipynb #c42f9b47
+# %% ../nbs/09_suggest.ipynb #4869f6aa
 def _plot_time(ax, rec, table, bs, steps):
     "The time at each batch size that fits, in the band of the noise scale's interval"
     now,row,fits = rec.search.train_bs,rec.settled(),bs <= rec.profile.largest_fit
@@ -199,10 +201,10 @@ def plot_bs_tradeoff(self:Recorder,
     if 'time' in table: _plot_time(ax, self, table, bs, steps)
     ax.plot(bs, steps*bs/now, color='C1', label='examples')
     ax.plot(bs, steps, color='C2', label='steps', lw=1)
-    for i,(nm,v) in enumerate(_answers(self, suggest_funcs).items()):
-        if v: ax.axvline(v, color=f'C{3+i}', ls='--', label=f'{nm}: {v:,}')
+    answers = by_answer(_answers(self, suggest_funcs))
+    for i,(v,nms) in enumerate(answers.items()): ax.axvline(v, color=f'C{3+i}', ls='--', label=f'{nms}: {v:,}')
     doublings(ax.xaxis)
-    doublings(ax.yaxis, _few)
+    doublings(ax.yaxis)
     ax.set(xlabel='Batch size', ylabel=f'To the same loss, {now:,} items = 1')
     above(ax)
     if return_fig: return fig

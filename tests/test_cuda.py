@@ -1,5 +1,11 @@
 "The same on a GPU, where there is one."
-from conftest import *
+from copy import deepcopy
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from torch import Tensor
+from helpers import make_learner
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 
@@ -15,7 +21,9 @@ def test_leaves_no_trace_on_the_gpu(tmp_path, half):
     learn.bs_find(1e-3, num_it=80, show_plot=False, suggest_funcs=None)
     assert torch.equal(rng, torch.cuda.get_rng_state())
     assert all(p.is_cuda and torch.equal(p, w) for p,w in zip(learn.model.parameters(), weights))
-    assert all(torch.equal(o[k], s[k]) for o,s in zip(learn.opt.state_dict()['state'], state['state']) for k in s if isinstance(s[k], Tensor))
+    assert all(
+        torch.equal(o[k], s[k]) for o,
+        s in zip(learn.opt.state_dict()['state'], state['state']) for k in s if isinstance(s[k], Tensor))
     assert learn.recorder.noise_scale and all(o > 0 for o in learn.recorder.noise_scale)
 
 @pytest.mark.parametrize('method', ['accumulate','split'])
@@ -57,5 +65,6 @@ def test_profile_on_the_gpu(tmp_path):
     learn.add_cb(Greedy())
     stats = learn.bs_profile(show_plot=False)
     assert list(stats.index)==[8,16,32,64,128] and stats.fits.tolist()==[True]*4+[False]
-    assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8] and learn.recorder.profile.end=='128 did not fit: out of memory'
+    assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8]
+    assert learn.recorder.profile.end=='128 did not fit: out of memory'
     assert not any(p.is_cuda for p in learn.model.parameters()) and torch.cuda.memory_allocated()==before

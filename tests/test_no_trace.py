@@ -1,12 +1,34 @@
 "Whatever happens in `bs_find`, the learner, the random states and the disk are afterwards as they were before."
-import subprocess, sys
+import math, operator, os, random, subprocess, sys, tempfile
 from collections import deque
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from fastai.tabular.all import CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import ItemTransform
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.block import CategoryBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
+from fastai.learner import Learner, Recorder
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.tabular.data import TabularDataLoaders
+from fastai.tabular.learner import tabular_learner
 from fastai.text.data import LMDataLoader
-from conftest import *
-# --- a learner as a flat dictionary of comparable values
+from fastai.torch_core import params, set_seed
+from fastcore.basics import noop
+from fastcore.foundation import L
+from torch import nn, Tensor, tensor
+from fastai_bs_finder.all import BSFinder
+from fastai_bs_finder.recorder import BSRecorder
+from helpers import disk, limited, make_learner, same, search
 
 class Same:
     "Equal to itself only; keeps the object alive, so that its id is not given away"
@@ -15,7 +37,9 @@ class Same:
     def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
 
 _measured = 'search','profile'
-_leaves = type,FunctionType,BuiltinFunctionType,MethodType,ModuleType,str,bytes,int,float,complex,bool,type(None),Path,torch.device,torch.dtype
+
+_leaves = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex, bool, type(None),
+           Path, torch.device, torch.dtype)
 
 def walk(v, path, res):
     "Put all that is reachable from `v` in `res`: contents by value, objects by identity too"
@@ -23,7 +47,8 @@ def walk(v, path, res):
     if id(v) in res['seen']: res[path] = Same(v); return
     res['seen'][id(v)],res[path] = v,Same(v)
     if isinstance(v, Tensor):
-        res[path+'.tensor'] = v.dtype,v.device,v.shape,v.stride(),v.requires_grad,v.data_ptr(),bool(v._backward_hooks),v.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        res[path+'.tensor'] = (v.dtype, v.device, v.shape, v.stride(), v.requires_grad, v.data_ptr(), bool(v._backward_hooks),
+                               v.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         if v.is_leaf: walk(v.grad, path+'.grad', res)
     elif isinstance(v, np.ndarray): res[path+'.array'] = v.dtype,v.shape,v.tobytes()
     elif isinstance(v, random.Random): res[path+'.rng'] = v.getstate()
@@ -41,22 +66,20 @@ def walk(v, path, res):
         res[path+'.keys'] = list(d)
         for k,o in d.items(): walk(o, f'{path}.{k}', res)
 
-def disk(path): return {o: (o.stat().st_mtime_ns, o.read_bytes() if o.is_file() else None) for o in sorted(Path(path).rglob('*'))}
-
 def snapshot(learn, *more):
     "All of `learn` (and of `more`), the random states and the disk; not what `bs_find` is there to leave in the recorder"
     res = dict(seen={})
     walk(learn, 'learn', res)
     for i,o in enumerate(more): walk(o, f'more{i}', res)
-    res.update(py=random.getstate(), np=repr(np.random.get_state(legacy=False)), torch=torch.get_rng_state().numpy().tobytes(), grad=torch.is_grad_enabled(),
-               autocast=torch.is_autocast_enabled('cpu'), disk=disk(learn.path), cwd=os.getcwd())
+    res.update(
+        py=random.getstate(), np=repr(np.random.get_state(legacy=False)), torch=torch.get_rng_state().numpy().tobytes(),
+        grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'), disk=disk(learn.path), cwd=os.getcwd())
     return res
 
-def changes(before, after): return sorted(k for k in before|after if k != 'seen' and (k not in before or k not in after or before[k] != after[k]))
+def changes(before, after):
+    return sorted(k for k in before|after if k != 'seen' and (k not in before or k not in after or before[k] != after[k]))
 
 def assert_untouched(learn, before, *more): assert not (c := changes(before, snapshot(learn, *more))), c
-
-# --- bit for bit
 
 class Noise(ItemTransform):
     "Augment with all the random generators, in the workers too"
@@ -68,6 +91,7 @@ class Losses(Callback):
     def after_batch(self): self.all.append(self.learn.loss.detach().clone())
 
 opts = dict(sgd=partial(SGD, mom=.9), adam=Adam, adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+
 tmp = tempfile.TemporaryDirectory()
 
 def fresh(opt='adam', workers=0, path=None, **kwargs):
@@ -75,31 +99,29 @@ def fresh(opt='adam', workers=0, path=None, **kwargs):
     path = path or tempfile.mkdtemp(dir=tmp.name)
     learn = make_learner(path, opt_func=opts[opt], **kwargs)
     ds = learn.dls.train.dataset
-    learn.dls = DataLoaders.from_dsets(ds[:360], ds[360:424], bs=16, num_workers=workers, shuffle=True, drop_last=True, device='cpu', path=path, after_item=[Noise()])
+    learn.dls = DataLoaders.from_dsets(
+        ds[:360], ds[360:424], bs=16, num_workers=workers, shuffle=True, drop_last=True, device='cpu', path=path,
+        after_item=[Noise()])
     return learn
 
 def halves(m): return [params(m[:2]), params(m[2:])]
 
 def find_lr(learn): return learn.lr_find(num_it=20, show_plot=False)
-def find_bs(learn, **kwargs): return learn.bs_find(**dict(lr=1e-2, num_it=30, n_batch=10, show_plot=False, suggest_funcs=BSSuggestion.Critical) | kwargs)
 
 def train(learn, n=1):
     "Train and return all that came of it"
     losses = Losses()
     with learn.no_logging(): learn.fit_one_cycle(n, 1e-2, cbs=losses)
-    return dict(losses=torch.stack(losses.all), weights=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), lrs=learn.recorder.lrs,
-        smooth=torch.stack(learn.recorder.losses), values=[list(o) for o in learn.recorder.values], iters=learn.recorder.iters,
-        rand=(random.random(), np.random.rand(), torch.rand(1)), idxs=learn.dls.train.get_idxs(), grads=[p.requires_grad for p in learn.model.parameters()])
-
-def same(a, b):
-    if isinstance(a, Tensor): return a.dtype==b.dtype and torch.equal(a, b)
-    if isinstance(a, dict): return list(a)==list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list,tuple,L)): return len(a)==len(b) and all(map(same, a, b))
-    return a==b
+    return dict(
+        losses=torch.stack(losses.all), weights=dict(learn.model.state_dict()), opt=learn.opt.state_dict(),
+        lrs=learn.recorder.lrs, smooth=torch.stack(learn.recorder.losses),
+        values=[list(o) for o in learn.recorder.values], iters=learn.recorder.iters,
+        rand=(random.random(), np.random.rand(), torch.rand(1)), idxs=learn.dls.train.get_idxs(),
+        grads=[p.requires_grad for p in learn.model.parameters()])
 
 def assert_same(a, b): assert not (d := [k for k in a if not same(a[k], b[k])]), d
 
-def assert_no_trace(make, search=find_bs):
+def assert_no_trace(make, search=search):
     "Two learners from one seed, one of which searches, train the same"
     def run(search):
         learn = make()
@@ -111,7 +133,7 @@ def assert_left_alone(make):
     "A search leaves the learner as it was, and its training goes on as without one"
     learn = make()
     before = snapshot(learn)
-    find_bs(learn)
+    search(learn)
     assert_untouched(learn, before)
     assert_no_trace(make)
 
@@ -130,15 +152,17 @@ def test_training_is_the_same_bit_for_bit(opt, workers, lr_find):
     expected,lr = reference(opt, workers, bool(lr_find))
     learn = fresh(opt, workers)
     if lr_find=='before': assert find_lr(learn)==lr
-    assert find_bs(learn) is not None
+    assert search(learn) is not None
     if lr_find=='after': assert find_lr(learn)==lr
     assert_same(expected, train(learn, 2))
 
-@pytest.mark.parametrize('opt,kwargs', [('adam', dict(method='sequential')), ('sgd', dict(method='sequential')), ('adam', dict(bs=40)), ('sgd', dict(bs=7)),
-    ('adam', dict(lr=10.)), ('adam', dict(lr=slice(1e-4,1e-2), wd=.3)), ('adam', dict(show_plot=True)), ('adam', dict(suggest_funcs=None))], ids=str)
+@pytest.mark.parametrize('opt,kwargs', [
+    ('adam', dict(method='sequential')), ('sgd', dict(method='sequential')), ('adam', dict(bs=40)), ('sgd', dict(bs=7)),
+    ('adam', dict(lr=10.)), ('adam', dict(lr=slice(1e-4,1e-2), wd=.3)), ('adam', dict(show_plot=True)),
+    ('adam', dict(suggest_funcs=None))], ids=str)
 def test_training_is_the_same_with_every_option(opt, kwargs):
     "Also for the other method, another batch size, a learning rate that destroys the weights, a plot"
-    assert_no_trace(partial(fresh, opt), partial(find_bs, **kwargs))
+    assert_no_trace(partial(fresh, opt), partial(search, **kwargs))
 
 def test_a_search_changes_what_the_proof_looks_at():
     "The proof is worth something only if a mock training that is not undone shows in it"
@@ -158,7 +182,9 @@ def prepared(how, opt):
         learn.unfreeze()
     return learn
 
-@pytest.mark.parametrize('how,opt', [('fitted','sgd'), ('fitted','adam'), ('frozen','sgd'), ('frozen','adam'), ('unfrozen','adam'), ('fitted','adamw'), ('frozen','adamw')])
+@pytest.mark.parametrize('how,opt', [
+    ('fitted','sgd'), ('fitted','adam'), ('frozen','sgd'), ('frozen','adam'), ('unfrozen','adam'), ('fitted','adamw'),
+    ('frozen','adamw')])
 def test_training_goes_on_the_same_bit_for_bit(how, opt):
     "Also in mid-training: momenta, frozen groups and their hyper-parameters, a wrapped PyTorch optimizer"
     assert_no_trace(partial(prepared, how, opt))
@@ -174,12 +200,10 @@ def test_unwrapped_optimizer_is_the_same():
 def test_no_schedule_and_no_callback_of_bs_find_stays():
     "A second search finds the same as the first: nothing accumulates"
     learn = fresh()
-    assert find_bs(learn) == find_bs(learn)
+    assert search(learn) == search(learn)
     first = learn.recorder.bs_find_stats
-    find_bs(learn)
+    search(learn)
     assert first.equals(learn.recorder.bs_find_stats) and len(first)==3
-
-# --- field by field
 
 def on_call(k, exc):
     "A function that raises `exc` when called the `k`th time; its state is out of sight"
@@ -216,22 +240,30 @@ def raise_in_callback(event, k, exc):
     return inject
 
 stop,oops = KeyboardInterrupt,RuntimeError('oops')
-accidents = {'nothing': (noop, None), 'interrupt in batch 3': (raise_in_forward(3, stop), stop), 'interrupt in batch 25': (raise_in_forward(25, stop), stop),
-    'interrupt in loss 3': (raise_in_loss(3, stop), stop), 'interrupt in loss 25': (raise_in_loss(25, stop), stop), 'interrupt in backward': (raise_in_backward(12, stop), stop),
-    'interrupt in data': (raise_in_data(400, stop), stop), 'error in forward': (raise_in_forward(1, oops), RuntimeError), 'error in forward 15': (raise_in_forward(15, oops), RuntimeError),
-    'error in data': (raise_in_data(100, oops), RuntimeError), 'error in callback': (raise_in_callback('after_backward', 4, oops), RuntimeError),
+
+accidents = {
+    'nothing': (noop, None), 'interrupt in batch 3': (raise_in_forward(3, stop), stop),
+    'interrupt in batch 25': (raise_in_forward(25, stop), stop), 'interrupt in loss 3': (raise_in_loss(3, stop), stop),
+    'interrupt in loss 25': (raise_in_loss(25, stop), stop),
+    'interrupt in backward': (raise_in_backward(12, stop), stop), 'interrupt in data': (raise_in_data(400, stop), stop),
+    'error in forward': (raise_in_forward(1, oops), RuntimeError),
+    'error in forward 15': (raise_in_forward(15, oops), RuntimeError),
+    'error in data': (raise_in_data(100, oops), RuntimeError),
+    'error in callback': (raise_in_callback('after_backward', 4, oops), RuntimeError),
     'error before a step': (raise_in_callback('before_step', 2, oops), RuntimeError)}
 
-@pytest.mark.parametrize('accident,state', [*((o,'fitted') for o in accidents), *((o,s) for o in ('nothing','interrupt in batch 3','interrupt in batch 25','error in forward') for s in ('fresh','frozen'))])
+@pytest.mark.parametrize('accident,state', [
+    *((o,'fitted') for o in accidents),
+    *((o,s) for o in ('nothing','interrupt in batch 3','interrupt in batch 25','error in forward') for s in ('fresh','frozen'))])
 def test_nothing_changes(accident, state):
     "After return, interrupt and error every field is as before: no optimizer where there was none, momenta where there were some"
     inject,exc = accidents[accident]
     learn = prepared(state, 'adam')
     inject(learn)
     before = snapshot(learn)
-    if exc is None: find_bs(learn)
+    if exc is None: search(learn)
     else:
-        with pytest.raises(exc): find_bs(learn)
+        with pytest.raises(exc): search(learn)
     assert_untouched(learn, before)
 
 def test_snapshot_sees_a_search_that_is_not_undone():
@@ -240,8 +272,10 @@ def test_snapshot_sees_a_search_that_is_not_undone():
     before = snapshot(learn)
     with learn.no_logging(): learn.fit(2, 1e-2, cbs=limited(30, n_batch=10))
     seen = changes(before, snapshot(learn))
-    for k in ('learn.opt','learn.dls.loaders[0].rng.rng','learn.dl','learn.iter','learn.final_record','learn.cbs[1].lrs.len','py','np','torch',
-              'learn.model._modules[0]._parameters[weight].tensor','learn.model._modules[1]._buffers[running_mean].tensor'): assert k in seen, k
+    for k in ('opt','dls.loaders[0].rng.rng','dl','iter','final_record','cbs[1].lrs.len',
+              'model._modules[0]._parameters[weight].tensor','model._modules[1]._buffers[running_mean].tensor'):
+        assert f'learn.{k}' in seen, k
+    for k in ('py','np','torch'): assert k in seen
 
 @pytest.mark.parametrize('exc', [stop,oops])
 def test_nothing_changes_when_a_suggestion_fails(exc):
@@ -249,7 +283,7 @@ def test_nothing_changes_when_a_suggestion_fails(exc):
     learn = prepared('fitted', 'sgd')
     before = snapshot(learn)
     def failing(rec): raise exc
-    with pytest.raises((stop,RuntimeError)): find_bs(learn, suggest_funcs=failing)
+    with pytest.raises((stop,RuntimeError)): search(learn, suggest_funcs=failing)
     assert_untouched(learn, before)
 
 @pytest.mark.parametrize('lr', [1e30,1e-2])
@@ -262,7 +296,7 @@ def test_nothing_changes_when_the_loss_becomes_nan(lr, method):
         def loss(*args): n[0] += 1; return old(*args)*(math.nan if n[0]>=15 else 1)
         learn.loss_func = loss
     before = snapshot(learn)
-    with pytest.warns(UserWarning, match='NaN'): find_bs(learn, lr=lr, method=method)
+    with pytest.warns(UserWarning, match='NaN'): search(learn, lr=lr, method=method)
     assert_untouched(learn, before)
 
 def test_grads_and_modes_stay():
@@ -273,7 +307,7 @@ def test_grads_and_modes_stay():
     learn.model[-1].bias.requires_grad_(False)
     learn.model[0].weight.grad = torch.ones_like(learn.model[0].weight)
     before = snapshot(learn)
-    find_bs(learn)
+    search(learn)
     assert_untouched(learn, before)
     assert learn.model[6].weight.grad is None and not learn.model[1].training and learn.model[5].training
 
@@ -282,7 +316,7 @@ def test_workers_leave_nothing(tmp_path):
     learn = fresh(workers=2)
     raise_in_forward(25, stop)(learn)
     before = snapshot(learn)
-    with pytest.raises(stop): find_bs(learn)
+    with pytest.raises(stop): search(learn)
     assert_untouched(learn, before)
 
 class Unruly(nn.Module):
@@ -303,7 +337,7 @@ def test_attributes_of_modules_stay():
     learn = fresh()
     learn.model = Unruly()
     before = snapshot(learn)
-    find_bs(learn)
+    search(learn)
     assert_untouched(learn, before)
 
 class Stateful(nn.Module):
@@ -311,8 +345,12 @@ class Stateful(nn.Module):
     def __init__(self, nm): super().__init__(); self.lin,self.state,self.nm = nn.Linear(64,10),plain[nm][0](),nm
     def forward(self, x): return self.lin(x.view(-1,64)) + plain[self.nm][1](self.state)
 
-plain = dict(tensor=(lambda: torch.zeros(1), lambda o: o.add_(.1)), array=(lambda: np.zeros(1), lambda o: float(np.add(o, .1, out=o)[0])), generator=(torch.Generator, lambda o: torch.rand(1, generator=o)),
-    numpy=(partial(np.random.RandomState, 0), lambda o: o.rand()), python=(partial(random.Random, 0), lambda o: o.random()), deque=(deque, lambda o: (o.append(1), .1*len(o))[1]))
+plain = dict(
+    tensor=(lambda: torch.zeros(1), lambda o: o.add_(.1)),
+    array=(lambda: np.zeros(1), lambda o: float(np.add(o, .1, out=o)[0])),
+    generator=(torch.Generator, lambda o: torch.rand(1, generator=o)),
+    numpy=(partial(np.random.RandomState, 0), lambda o: o.rand()),
+    python=(partial(random.Random, 0), lambda o: o.random()), deque=(deque, lambda o: (o.append(1), .1*len(o))[1]))
 
 @pytest.mark.parametrize('nm', plain)
 def test_plain_attributes_of_modules_stay(nm):
@@ -322,8 +360,6 @@ def test_plain_attributes_of_modules_stay(nm):
         learn.model = Stateful(nm)
         return learn
     assert_left_alone(learner)
-
-# --- callbacks
 
 class Logbook(Callback):
     "Appends to its own list after every batch; shapes nothing"
@@ -339,20 +375,23 @@ class Shaper(Logbook):
         self.sum += 1
         self.learn.xb = (self.x + self.rng.rand(),)
 
+many = dict(
+    save=SaveModelCallback, save_each=partial(SaveModelCallback, every_epoch=True), csv=CSVLogger, stop=EarlyStoppingCallback,
+    reduce=ReduceLROnPlateau, nan=TerminateOnNaNCallback, progress=ProgressCallback, logbook=Logbook, shaper=Shaper, mixup=MixUp,
+    accumulate=GradientAccumulation, clip=partial(GradientClip, .1), short=ShortEpochCallback)
+
 @pytest.mark.parametrize('exc', [None,stop])
-@pytest.mark.parametrize('cb', [SaveModelCallback, partial(SaveModelCallback, every_epoch=True), CSVLogger, EarlyStoppingCallback, ReduceLROnPlateau, TerminateOnNaNCallback,
-    ProgressCallback, Logbook, Shaper, MixUp, GradientAccumulation, partial(GradientClip, .1), ShortEpochCallback],
-    ids=lambda o: getattr(o, '__name__', None) or (f'{o.func.__name__} {o.keywords or o.args}' if isinstance(o, partial) else None))
-def test_callbacks_stay(cb, exc, tmp_path):
+@pytest.mark.parametrize('nm', many)
+def test_callbacks_stay(nm, exc, tmp_path):
     "Callbacks keep their place, their state and the disk, also after an interrupt; before and after they have trained"
-    learn = fresh(path=tmp_path, cbs=cb())
+    learn = fresh(path=tmp_path, cbs=many[nm]())
     cbs = list(learn.cbs)
     with learn.no_logging(): learn.fit(1, 1e-2)
     if exc: raise_in_forward(25, exc)(learn)
     before = snapshot(learn)
     if exc:
-        with pytest.raises(exc): find_bs(learn)
-    else: assert find_bs(learn) is not None
+        with pytest.raises(exc): search(learn)
+    else: assert search(learn) is not None
     assert_untouched(learn, before)
     assert all(map(operator.is_, learn.cbs, cbs)) and len(learn.cbs)==len(cbs)
 
@@ -360,7 +399,7 @@ def test_own_callback_that_only_watches_is_left_out():
     "A callback that shapes nothing hears nothing of the mock training"
     learn = fresh(cbs=[Logbook(), Shaper()])
     raise_in_callback('after_batch', 1, AssertionError)(learn)
-    assert find_bs(learn) is not None
+    assert search(learn) is not None
     assert learn.logbook.log==[] and learn.shaper.log==[] and learn.shaper.stats==dict(n=0, seen=[])
 
 def test_callback_that_takes_part_is_seen():
@@ -368,7 +407,7 @@ def test_callback_that_takes_part_is_seen():
     ns = []
     for cbs in ([], Shaper()):
         learn = fresh(cbs=cbs)
-        find_bs(learn)
+        search(learn)
         ns.append(list(learn.recorder.noise))
     assert ns[0] != ns[1]
 
@@ -377,22 +416,24 @@ def test_loss_function_after_mixup_is_interrupted():
     learn = fresh(cbs=MixUp())
     lf = learn.loss_func
     raise_in_forward(3, stop)(learn)
-    with pytest.raises(stop): find_bs(learn)
+    with pytest.raises(stop): search(learn)
     assert learn.loss_func is lf and lf.func.reduction=='mean'
 
 @pytest.mark.parametrize('opt', ['sgd','adam'])
-@pytest.mark.parametrize('cbs', [MixUp, partial(GradientClip, .1), partial(GradientAccumulation, 100), partial(SaveModelCallback, every_epoch=True)], ids=lambda o: str(getattr(o, 'func', o).__name__))
+@pytest.mark.parametrize('cbs', [
+    MixUp, partial(GradientClip, .1), partial(GradientAccumulation, 100),
+    partial(SaveModelCallback, every_epoch=True)], ids=lambda o: str(getattr(o, 'func', o).__name__))
 def test_training_with_callbacks_is_the_same(opt, cbs):
     "Callbacks with random numbers and counters of their own train on as if nothing had been"
     assert_no_trace(lambda: fresh(opt, cbs=cbs()))
-
-# --- other data
 
 def lm_learner(path):
     set_seed(0)
     texts = [torch.randint(0, 20, (n,)) for n in range(5,60)]
     dls = DataLoaders(*(LMDataLoader(texts, bs=8, seq_len=6, shuffle=o) for o in (True,False)), path=path, device='cpu')
-    return Learner(dls, nn.Sequential(nn.Embedding(20,8), nn.Linear(8,20)), CrossEntropyLossFlat(), path=path).remove_cb(ProgressCallback)
+    return Learner(
+        dls, nn.Sequential(nn.Embedding(20,8), nn.Linear(8,20)), CrossEntropyLossFlat(),
+        path=path).remove_cb(ProgressCallback)
 
 @pytest.mark.parametrize('kwargs', [{}, dict(bs=16)], ids=str)
 def test_language_model_order_stays(tmp_path, kwargs):
@@ -401,35 +442,38 @@ def test_language_model_order_stays(tmp_path, kwargs):
     expected = epochs(lm_learner(tmp_path))
     learn = lm_learner(tmp_path)
     before = snapshot(learn)
-    find_bs(learn, **kwargs)
+    search(learn, **kwargs)
     assert_untouched(learn, before)
     assert same(expected, epochs(learn)) and not same(*expected[:2])
-    assert_no_trace(partial(lm_learner, tmp_path), partial(find_bs, **kwargs))
+    assert_no_trace(partial(lm_learner, tmp_path), partial(search, **kwargs))
 
 def test_interrupted_language_model_order_stays(tmp_path):
     "Likewise after an interrupt in the second epoch"
-    def search(learn):
+    def interrupted(learn):
         raise_in_forward(len(learn.dls.train)+2, stop)(learn)
-        with pytest.raises(stop): find_bs(learn, num_it=100)
-    assert_no_trace(partial(lm_learner, tmp_path), search)
+        with pytest.raises(stop): search(learn, num_it=100)
+    assert_no_trace(partial(lm_learner, tmp_path), interrupted)
 
 def test_pytorch_loader_with_a_generator_stays(tmp_path):
     "A loader of PyTorch's own draws its order from its own generator"
     def learner():
         learn = fresh(path=tmp_path)
         ds = list(learn.dls.train.dataset)
-        learn.dls = DataLoaders(*(torch.utils.data.DataLoader(ds, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(o)) for o in (1,2)), path=tmp_path)
+        learn.dls = DataLoaders(
+            *(torch.utils.data.DataLoader(
+                ds, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(o)) for o in (1,2)),
+            path=tmp_path)
         learn.dls._device = torch.device('cpu')
         return learn
     learn = learner()
     before = snapshot(learn)
-    find_bs(learn)
+    search(learn)
     assert_untouched(learn, before)
     def order(search):
         learn = learner()
         search(learn)
         return [y for _ in range(2) for _,y in learn.dls.train]
-    assert same(order(noop), order(find_bs))
+    assert same(order(noop), order(search))
 
 class Augmented:
     "Items with random numbers that are drawn where the item is made"
@@ -441,19 +485,21 @@ def test_persistent_workers_stay(tmp_path):
     "PyTorch's workers can live on from epoch to epoch, and their random states with them"
     def epoch(search):
         learn = fresh(path=tmp_path)
-        dl = torch.utils.data.DataLoader(Augmented(list(learn.dls.train.dataset)), batch_size=16, num_workers=1, persistent_workers=True)
+        dl = torch.utils.data.DataLoader(
+            Augmented(list(learn.dls.train.dataset)), batch_size=16, num_workers=1, persistent_workers=True)
         learn.dls = DataLoaders(dl, learn.dls.valid, path=tmp_path)
         learn.dls._device = torch.device('cpu')
         list(dl)
         search(learn)
         return [x for x,_ in dl]
-    assert same(epoch(noop), epoch(find_bs))
+    assert same(epoch(noop), epoch(search))
 
 def tabular(path):
     set_seed(0)
     df = pd.DataFrame(np.random.randn(200,3), columns=list('abc'))
     df['y'] = np.where(df.a+df.b > 0, 'yes', 'no')
-    dls = TabularDataLoaders.from_df(df, path, procs=[Normalize], cont_names=list('abc'), y_names='y', y_block=CategoryBlock(), bs=16, device='cpu')
+    dls = TabularDataLoaders.from_df(
+        df, path, procs=[Normalize], cont_names=list('abc'), y_names='y', y_block=CategoryBlock(), bs=16, device='cpu')
     return tabular_learner(dls, layers=[8], metrics=accuracy, path=path).remove_cb(ProgressCallback)
 
 _deploy = """
@@ -468,6 +514,7 @@ assert type(learn.recorder) is Recorder and learn.recorder is learn.cbs[1] and n
 print(repr(learn.predict(pd.Series(dict(a=1., b=-.3, c=.2)))[2].tolist()))
 """
 
+@pytest.mark.slow
 def test_export_opens_without_this_package(tmp_path):
     "People deploy such files where this package is not installed"
     learn = tabular(tmp_path)
@@ -475,20 +522,21 @@ def test_export_opens_without_this_package(tmp_path):
     learn.bs_find(1e-2, num_it=20, n_batch=5, show_plot=False)
     want = learn.predict(pd.Series(dict(a=1., b=-.3, c=.2)))[2].tolist()
     learn.export('sub.pkl')
-    assert b'fastai_bs_finder' not in (tmp_path/'sub.pkl').read_bytes() and isinstance(learn.recorder, BSRecorder) and len(learn.recorder.noise)==4
+    assert b'fastai_bs_finder' not in (tmp_path/'sub.pkl').read_bytes() and isinstance(learn.recorder, BSRecorder)
+    assert len(learn.recorder.noise)==4
     (tmp_path/'elsewhere').mkdir()
-    got = subprocess.run([sys.executable, '-W', 'ignore', '-c', _deploy, tmp_path/'sub.pkl'], cwd=tmp_path/'elsewhere', capture_output=True, text=True)
+    got = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', _deploy, tmp_path/'sub.pkl'], cwd=tmp_path/'elsewhere',
+        capture_output=True, text=True)
     assert not got.returncode, got.stderr
     assert eval(got.stdout)==want
-
-# --- the recorder
 
 def test_recorder_is_the_same_object():
     "It becomes a `BSRecorder` and keeps the logs of the training before"
     learn = prepared('fitted', 'adam')
     rec,logs = learn.recorder,{k: list(getattr(learn.recorder, k)) for k in ('lrs','losses','iters','values','metric_names')}
     assert type(rec) is Recorder and len(logs['lrs'])==22
-    find_bs(learn)
+    search(learn)
     assert learn.recorder is rec and rec in learn.cbs and isinstance(rec, BSRecorder) and isinstance(rec, Recorder)
     assert all(same(logs[k], list(getattr(rec, k))) for k in logs) and len(rec.noise)==3
     rec.plot_loss()
@@ -496,11 +544,9 @@ def test_recorder_is_the_same_object():
 def test_training_logs_in_the_same_recorder():
     "What comes after the search is recorded as ever, beside the measurements"
     learn = fresh()
-    find_bs(learn)
+    search(learn)
     learn.fit(1, 1e-2)
     assert len(learn.recorder.losses)==22 and len(learn.recorder.noise)==3 and len(learn.recorder.values)==1
-
-# --- as an ordinary callback
 
 def hooks(learn): return [h for p in learn.model.parameters() for h in (p._backward_hooks or {})]
 
@@ -526,7 +572,9 @@ def test_sequential_callback_only_watches(opt):
     def run(*cbs):
         learn = fresh(opt)
         learn.fit(2, 1e-2, cbs=cbs)
-        return learn,dict(losses=learn.recorder.losses, weights=learn.model.state_dict(), opt=learn.opt.state_dict()) | {f'then {k}': v for k,v in train(learn).items()}
+        return learn,dict(
+            losses=learn.recorder.losses, weights=learn.model.state_dict(),
+            opt=learn.opt.state_dict()) | {f'then {k}': v for k,v in train(learn).items()}
     (_,expected),(learn,got) = run(),run(BSFinder(method='sequential', n_batch=5))
     assert_same(expected, got)
     assert len(learn.recorder.noise)==8

@@ -1,9 +1,20 @@
 "The profile: what it reports was tried, it ends where memory or time do, and the learner is as it was."
-import gc, threading, time, weakref
-from fastai.callback.data import PartialDL
+import gc, math, threading, time, weakref
+from functools import partial
 from unittest.mock import patch as mock_patch
+
+import pytest, torch
+from fastai.basics import Pipeline, Transform
+from fastai.callback.core import Callback
+from fastai.callback.data import PartialDL
+from fastai.data.load import DataLoader, SkipItemException
+from fastai.learner import Learner
+from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.callback.core import CancelBatchException, CancelFitException, CancelStepException
+from torch import nn, Tensor
 from fastai_bs_finder import profile
-from conftest import *
+from fastai_bs_finder.all import BSSuggestion
+from helpers import digits, make_learner
 
 def quick(learn, **kwargs): return learn.bs_profile(**dict(show_plot=False, limit=10.) | kwargs)
 
@@ -13,8 +24,12 @@ class Full(Callback):
     def maybe(self):
         if len(self.yb[0]) >= self.bs: raise self.error
 
-errors = dict(cuda=torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), cpu=RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-    mps=RuntimeError('MPS backend out of memory'), cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), python=MemoryError('Unable to allocate'))
+errors = dict(
+    cuda=torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+    cpu=RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    mps=RuntimeError('MPS backend out of memory'),
+    cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+    python=MemoryError('Unable to allocate'))
 
 @pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step'])
 @pytest.mark.parametrize('bs', [16,256,1024])
@@ -49,7 +64,8 @@ def test_what_failed_is_let_go(learn):
     gc.collect()
     assert refs and all(o() is None for o in refs)
 
-@pytest.mark.parametrize('error', [ValueError('mine'), RuntimeError('another'), KeyboardInterrupt()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('error', [
+    ValueError('mine'), RuntimeError('another'), KeyboardInterrupt()], ids=lambda o: type(o).__name__)
 def test_other_errors_are_the_users(learn, error):
     learn.add_cb(Full(32, 'after_loss', error))
     weights = [p.clone() for p in learn.model.parameters()]
@@ -70,7 +86,9 @@ def test_no_trace(tmp_path, oom, opt_func):
             before = learn.dls.train,learn.opt,list(learn.cbs),[None if g is None else g.clone() for g in grads]
             quick(learn, bss=[8,64,128])
             assert learn.dls.train is before[0] and learn.opt is before[1] and list(learn.cbs)==before[2]
-            assert all(p.grad is g and (g is None or torch.equal(g, c)) for p,g,c in zip(learn.model.parameters(), grads, before[3]))
+            assert all(
+                p.grad is g and (g is None or torch.equal(g, c)) for p, g,
+                c in zip(learn.model.parameters(), grads, before[3]))
             if oom: learn.remove_cb(Full)
         with learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
         return learn.recorder.losses, [p.clone() for p in learn.model.parameters()], torch.rand(1)
@@ -145,6 +163,7 @@ def test_margin(learn):
     assert learn.recorder.profile.end=='8 ran, but left less than 10% of the memory free'
     with mock_patch.object(profile, '_Memory', Memory): assert quick(learn, margin=.01, max_bs=8).fits.tolist()==[True]
 
+@pytest.mark.slow
 def test_memory_of_the_machine():
     "A step that keeps 200 MB for its backward pass shows"
     class Hungry(nn.Module):
@@ -167,8 +186,11 @@ def test_sizes(learn):
     assert list(quick(learn, bss=[100,20]).index)==[20,100]
     assert list(quick(learn, max_bs=4).index)==[4]
 
-@pytest.mark.parametrize('kwargs,match', [(dict(bss=[]), 'bss must be whole numbers'), (dict(bss=[0]), 'bss must be whole numbers'), (dict(bss=[2000]), 'between 1 and the 1,437'), (dict(bss=[2.5]), 'bss must be whole'),
-    (dict(max_bs=2.5), 'max_bs must be a whole'), (dict(limit=-1), 'limit must be a positive'), (dict(limit=math.inf), 'limit must be a positive'), (dict(margin=1), 'margin must be')])
+@pytest.mark.parametrize('kwargs,match', [
+    (dict(bss=[]), 'bss must be whole numbers'), (dict(bss=[0]), 'bss must be whole numbers'),
+    (dict(bss=[2000]), 'between 1 and the 1,437'), (dict(bss=[2.5]), 'bss must be whole'),
+    (dict(max_bs=2.5), 'max_bs must be a whole'), (dict(limit=-1), 'limit must be a positive'),
+    (dict(limit=math.inf), 'limit must be a positive'), (dict(margin=1), 'margin must be')])
 def test_refused(learn, kwargs, match):
     with pytest.raises(ValueError, match=match): learn.bs_profile(**kwargs)
 
@@ -176,7 +198,8 @@ def test_loader_of_pytorch(learn):
     "It can't be given another batch size, so bs_find leaves out what needs that, and says so"
     learn.dls.loaders[0] = torch.utils.data.DataLoader(digits()[:640], batch_size=64, shuffle=True)
     with pytest.raises(ValueError, match='build your loaders with that batch size'): quick(learn)
-    with pytest.warns(UserWarning, match='no batch size could be timed, so some suggestions are missing'): sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
+    with pytest.warns(UserWarning, match='no batch size could be timed, so some suggestions are missing'):
+        sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
     assert sugg.fastest is None and sugg.critical
 
 def test_profile_is_made_once_and_again_when_it_no_longer_holds(learn):
@@ -189,6 +212,7 @@ def test_profile_is_made_once_and_again_when_it_no_longer_holds(learn):
         learn.model[0].requires_grad_(False)
         learn.bs_find(1e-2, num_it=40, show_plot=False)
         assert len(n)==2
+
 orig = Learner.bs_profile
 
 def test_an_old_profile_is_forgotten(learn):
@@ -206,7 +230,8 @@ def test_a_failing_profile_does_not_lose_the_search(learn):
         def before_batch(self):
             if len(self.yb[0])==8: raise RuntimeError('shape [64, 64] is invalid')
     learn.add_cb(Fixed())
-    with pytest.warns(UserWarning, match='(?s)no batch size could be timed.*shape .64, 64. is invalid'): sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
+    with pytest.warns(UserWarning, match='(?s)no batch size could be timed.*shape .64, 64. is invalid'):
+        sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
     assert sugg.fastest is None and sugg.critical
 
 def test_out_of_memory_the_second_time(learn):
@@ -218,16 +243,21 @@ def test_out_of_memory_the_second_time(learn):
             if self.n==2: raise errors['cuda']
     learn.add_cb(Second())
     stats = quick(learn)
-    assert stats.fits.tolist()==[True]*5+[False] and stats.index[-1]==256 and learn.recorder.profile.end=='256 did not fit: out of memory'
+    assert stats.fits.tolist()==[True]*5+[False] and stats.index[-1]==256
+    assert learn.recorder.profile.end=='256 did not fit: out of memory'
 
-@pytest.mark.parametrize('bs,event,exc', [(64,'before_batch',CancelFitException), (64,'before_batch',CancelBatchException), (64,'before_step',CancelStepException), (8,'before_batch',CancelBatchException)])
+@pytest.mark.parametrize('bs,event,exc', [
+    (64,'before_batch',CancelFitException), (64,'before_batch',CancelBatchException),
+    (64,'before_step',CancelStepException), (8,'before_batch',CancelBatchException)])
 def test_sizes_that_never_make_a_step(learn, bs, event, exc):
     "Only whole steps count"
-    learn.add_cb(type('Ends', (Callback,), {event: lambda self: (_ for _ in ()).throw(exc()) if self.dls.train.bs >= bs else None})())
+    learn.add_cb(type(
+        'Ends', (Callback,), {event: lambda self: (_ for _ in ()).throw(exc()) if self.dls.train.bs >= bs else None})())
     stats = quick(learn)
     assert list(stats.index)==[o for o in (8,16,32) if o < bs] and stats.fits.all()
     assert f'{bs} could not be timed' in learn.recorder.profile.end
 
+@pytest.mark.slow
 def test_epochs_without_a_batch(learn):
     "More than the loader gives in an epoch are not tried, and it doesn't wait for them"
     learn.dls.loaders[0] = PartialDL(digits()[:200], bs=16, partial_n=70, drop_last=True, shuffle=True)

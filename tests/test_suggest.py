@@ -1,18 +1,26 @@
 "Suggestions and the table over them: by hand, from a recorder whose numbers are known."
-from fastai_bs_finder.recorder import BSRecorder
-from fastai_bs_finder.stats import relative_steps
-from fastai_bs_finder.suggest import critical, efficient, fastest, fits
-import warnings
-from conftest import *
+import math, warnings
 
-def recorded(noise_scale=500., lower=400., upper=650., n_items=60_000, overhead=2e-3, per_item=2e-5, most=1024, end='2,048 did not fit: out of memory', profile=True, **kwargs):
-    rec = BSRecorder()
-    rec.keep(search=Search(**dict(n_items=n_items, train_bs=64, lr=.01) | kwargs))
-    rec.search.bs = rec.search.train_bs
-    rec.search.add(200, noise=noise_scale if math.isfinite(noise_scale) else 1., scale=1. if math.isfinite(noise_scale) else -1., lower=lower, upper=upper)
-    sizes = [2**i for i in range(3,12) if 2**i <= n_items]
-    rows = [dict(bs=b, step_time=overhead+per_item*b if b<=most else math.nan, data_share=.2, memory=(20+b)*2.**20 if b<=most else math.nan, fits=b<=most) for b in sizes]
-    if profile: rec.keep(profile=Profile(rows, end))
+import numpy as np, pytest
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai_bs_finder.profile import Profile
+from fastai_bs_finder.recorder import BSRecorder, Search
+from fastai_bs_finder.suggest import critical, efficient, fastest, fits
+from helpers import make_learner
+
+def recorded(noise_scale=500., lower=400., upper=650., profile=True, overhead=2e-3, per_item=2e-5, most=1024, end=None, **kwargs):
+    "A recorder after a search with one measurement, and a profile in which batches up to `most` fit"
+    rec,search = BSRecorder(),Search(**dict(n_items=60_000, train_bs=64, lr=.01) | kwargs)
+    search.bs = search.train_bs
+    known = math.isfinite(noise_scale)
+    search.add(200, noise_scale if known else 1., 1. if known else -1., lower, upper)
+    def row(bs):
+        if bs > most: return dict(bs=bs, step_time=math.nan, data_share=math.nan, memory=math.nan, fits=False)
+        return dict(bs=bs, step_time=overhead+per_item*bs, data_share=.2, memory=(20+bs)*2.**20, fits=True)
+    rows = [row(2**i) for i in range(3,12) if 2**i <= search.n_items]
+    rec.keep(search=search)
+    if profile: rec.keep(profile=Profile(rows, end or '2,048 did not fit: out of memory'))
     return rec
 
 @pytest.mark.parametrize('ns', [3., 60., 500., 5000., math.inf])
@@ -30,8 +38,11 @@ def test_fastest_does_not_exceed_what_fits():
 
 @pytest.mark.parametrize('f,wanted', [(critical,4096), (efficient,1024)])
 def test_limits_are_said(f, wanted):
-    with pytest.warns(UserWarning, match=f"{f.__name__} would be {wanted:,}, but 256 is the largest batch that was tried and fits, so it is 256.*bs_table"): assert f(recorded(4096., most=256))==256
-    with pytest.warns(UserWarning, match=f"{f.__name__} would be {wanted:,}, but the training set has 100 items, so it is 64"): assert f(recorded(4096., n_items=100))==64
+    said = f"{f.__name__} would be {wanted:,}, but 256 is the largest batch that was tried and fits, so it is 256.*bs_table"
+    with pytest.warns(UserWarning, match=said):
+        assert f(recorded(4096., most=256))==256
+    with pytest.warns(UserWarning, match=f"{f.__name__} would be {wanted:,}, but the training set has 100 items, so it is 64"):
+        assert f(recorded(4096., n_items=100))==64
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert f(recorded(4096., profile=False))==wanted
@@ -59,7 +70,8 @@ def test_table_by_hand():
     b = table.index.to_numpy()
     t = lambda b: 2e-3+2e-5*b
     few = table[table.index<=1024]
-    assert np.allclose(table.steps, (1+500/b)/(1+500/64)) and np.allclose(table.examples, table.steps*b/64) and np.allclose(table.efficiency, 1/(1+b/500))
+    assert np.allclose(table.steps, (1+500/b)/(1+500/64)) and np.allclose(table.examples, table.steps*b/64)
+    assert np.allclose(table.efficiency, 1/(1+b/500))
     assert np.allclose(few.time, few.steps*t(few.index)/t(64))
     assert np.allclose(table.time[2048], table.steps[2048]*2*t(1024)/t(64)), 'two micro-batches of 1,024'
     for ns,c in ((400,'a'),(650,'b')): few = few.assign(**{c: (1+ns/few.index)/(1+ns/64)*t(few.index)/t(64)})
@@ -68,13 +80,16 @@ def test_table_by_hand():
     assert np.allclose(table.lr, .01*b/64*(64+500)/(b+500))
     assert table.fits.tolist()==['yes']*8+['no']
 
-@pytest.mark.parametrize('kwargs', [dict(noise_scale=math.inf, lower=300., upper=math.inf), dict(noise_scale=5., lower=0., upper=20.), dict(n_items=100, noise_scale=3000.), dict(train_bs=50), dict(train_bs=5000), dict(most=8), dict(upper=math.inf)])
+@pytest.mark.parametrize('kwargs', [
+    dict(noise_scale=math.inf, lower=300., upper=math.inf), dict(noise_scale=5., lower=0., upper=20.),
+    dict(n_items=100, noise_scale=3000.), dict(train_bs=50), dict(train_bs=5000), dict(most=8), dict(upper=math.inf)])
 def test_odd_recorders(kwargs):
     "Every row has its numbers, and the picture can be drawn"
     rec = recorded(**kwargs)
     table = rec.bs_table()
     assert table[['steps','examples','efficiency','time','time_from','time_to','lr']].map(np.isfinite).all().all()
-    assert rec.search.train_bs > rec.search.n_items or np.allclose(table.loc[rec.search.train_bs, ['steps','examples','time']].astype(float), 1)
+    assert rec.search.train_bs > rec.search.n_items or np.allclose(table.loc[
+        rec.search.train_bs, ['steps','examples','time']].astype(float), 1)
     assert max(table.index) <= max(rec.search.n_items, 1)
     str(table), table._repr_html_(), rec.plot_bs_tradeoff(return_fig=True).savefig('/dev/null', format='png')
 
@@ -113,14 +128,9 @@ def test_accumulation_does_not_pile_up(tmp_path):
     exec(how[32], globals(), dict(learn=learn))
     assert not learn._grab_cbs(GradientAccumulation) and learn.dls.train.bs==32
 
-def test_schedule(tmp_path):
-    "The learning rate that a watched training's batch size goes with is the peak of its schedule"
-    learn = make_learner(tmp_path)
-    with learn.no_logging(): learn.fit_one_cycle(1, 3e-2, cbs=BSFinder(n_batch=2))
-    assert .02 < learn.recorder.search.lr <= 3e-2
-
 def test_fastest_at_the_end_of_the_profile_says_so():
-    with pytest.warns(UserWarning, match='fastest is 128, the largest batch size that was tried.*out of memory'): assert fastest(recorded(1e6, overhead=1., most=128, end='256 did not fit: out of memory'))==128
+    with pytest.warns(UserWarning, match='fastest is 128, the largest batch size that was tried.*out of memory'):
+        assert fastest(recorded(1e6, overhead=1., most=128, end='256 did not fit: out of memory'))==128
     with warnings.catch_warnings(): # a training set can't be more than one batch
         warnings.simplefilter('error')
         assert fastest(recorded(1e6, overhead=1., most=128, n_items=200))==128
@@ -130,49 +140,3 @@ def test_before_a_search(tmp_path):
     for f in (rec.bs_table, rec.plot_bs_tradeoff):
         with pytest.raises(ValueError, match=r'call `learn.bs_find\(\)` first'): f()
     with pytest.raises(ValueError, match=r'call `learn.bs_profile\(\)` first'): rec.plot_bs_profile()
-
-def test_facts_of_a_search(tmp_path):
-    "The recorder knows what it was measured with"
-    learn = make_learner(tmp_path, opt_func=SGD)
-    learn.bs_find(.03, bs=32, num_it=40, show_plot=False, suggest_funcs=None)
-    rec = learn.recorder
-    assert (rec.search.train_bs, rec.search.bs, rec.search.lr, rec.search.adaptive, rec.search.batch_norm)==(64, 32, .03, False, True)
-    assert np.isclose(rec.bs_table().lr[32], .03)
-    learn = make_learner(tmp_path)
-    learn.bs_find(slice(1e-4,1e-3), num_it=40, show_plot=False, suggest_funcs=None)
-    table = learn.recorder.bs_table()
-    assert learn.recorder.search.adaptive and table.lr[64]==slice(1e-4,1e-3) and '0.0001 to 0.001' in repr(table)
-
-def test_learning_rates_that_fastai_takes(tmp_path):
-    "fastai can't train with a NumPy number: none comes out of the table or of scale_lr, and bs_find takes them"
-    learn = make_learner(tmp_path)
-    learn.bs_find(np.float64(1e-3), num_it=40, show_plot=False, suggest_funcs=None)
-    lr = learn.recorder.bs_table().lr[128]
-    assert type(lr) is float and type(scale_lr(np.float64(1e-3), 64, 128)) is float
-    with learn.no_logging(): learn.fit(1, lr)
-
-# --- learning rates
-
-@pytest.mark.parametrize('adaptive,opt', [(True,Adam), (False,SGD), (True,partial(Adam, mom=.8)), (True,RMSProp), (True,ranger), (True,Lamb), (False,partial(OptimWrapper, opt=torch.optim.SGD)), (True,partial(OptimWrapper, opt=torch.optim.Adam)),
-    (True,torch.optim.AdamW), (False,torch.optim.SGD)])
-def test_rules(adaptive, opt):
-    "By the optimizer, given as a function, as a class or as it is"
-    for o in (opt, opt([nn.Parameter(torch.zeros(1))], lr=.1)):
-        assert np.isclose(scale_lr(.1, 64, 128, opt=o), .1*(2**.5 if adaptive else 2))
-        assert np.isclose(scale_lr(.1, 64, 128, noise_scale=64., opt=o), .1*(4/3)**(.5 if adaptive else 1))
-    assert scale_lr(.1, 64, 128, rule='linear', opt=opt)==.2 and np.isclose(scale_lr(.1, 64, 128, rule='sqrt', opt=opt), .1*2**.5)
-
-def test_forms_of_a_learning_rate():
-    assert scale_lr(slice(1e-3), 64, 128, rule='linear')==slice(2e-3) and scale_lr([1e-4,1e-3], 64, 128, rule='linear')==[2e-4,2e-3]
-    assert scale_lr(.1, 128, 64, rule='linear')==.05
-
-def test_large_jumps():
-    with pytest.warns(UserWarning, match='grows 8.0 times.*`learn.fit_one_cycle`'): scale_lr(.1, 64, 512, rule='linear')
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        scale_lr(.1, 64, 128, rule='linear'), scale_lr(.1, 512, 8, rule='linear')
-
-@pytest.mark.parametrize('kwargs,match', [(dict(rule='cubic'), "one of 'auto', 'noise', 'linear', 'sqrt'"), (dict(rule='noise'), "needs the noise scale, got None"), (dict(rule='noise', noise_scale=-1), 'needs the noise scale'),
-    (dict(bs_to=0), 'bs_to must be positive'), (dict(bs_from=-8), 'bs_from must be positive')])
-def test_bad_arguments(kwargs, match):
-    with pytest.raises(ValueError, match=match): scale_lr(.1, **(dict(bs_from=64, bs_to=128) | kwargs))

@@ -1,0 +1,223 @@
+"What each estimator makes of a training, which one is chosen, and what a new one takes."
+import warnings
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam, SGD
+
+from torch import nn, Tensor, tensor
+from torch.nn import functional as F
+from fastai_bs_finder.all import BSFinder
+from fastai_bs_finder.gradients import Estimator, estimators, get_estimator, sq_norm
+from fastai_bs_finder.stats import noise_and_scale
+from helpers import limited, plain_learner, search
+from measuring import Grads
+
+
+# --- the optimizer's steps
+
+@pytest.mark.parametrize('opt', [SGD, Adam], ids=['SGD','Adam'])
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=['mean','sum'])
+@pytest.mark.parametrize('bs', [64,30])
+def test_split_steps_as_normal_training_does(opt, loss, bs):
+    "The same weights after as many batches, also where micro-batches differ in size and where the loss is a sum"
+    plain,split = (plain_learner(bs, loss=loss, opt_func=opt) for _ in range(2))
+    for learn,cbs in ((plain,None), (split,BSFinder(method='split', n_batch=5))):
+        with learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
+    for a,b,start in zip(plain.model.parameters(), split.model.parameters(), plain_learner(bs).model.parameters()):
+        assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, start, atol=1e-4)
+    assert split.recorder.search.n_iter==list(range(5, len(split.dls.train)+1, 5))
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=['mean','sum'])
+def test_accumulate_steps_with_the_gradient_of_one_batch(loss):
+    "The step of a window is as long as the step of a batch of the usual size, for a sum too"
+    def step(bs, n_batch):
+        learn,steps = plain_learner(bs, loss=loss, opt_func=SGD),[]
+        class Step(Callback):
+            order = 100
+            def before_step(self): steps.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
+        with learn.no_logging():
+            learn.fit(1, 1e-12, cbs=[Step()] + list(limited(20, n_batch=n_batch, method='accumulate') if n_batch else []))
+        return torch.stack(steps)
+    whole,windows = step(64, None),step(64, 10)
+    assert len(whole)==22 and len(windows)==2
+    assert torch.allclose(windows[0], whole[:10].mean(0), rtol=1e-3, atol=1e-5*whole.abs().max())
+
+def test_k_is_the_number_of_micro_batches():
+    sizes = []
+    learn = plain_learner()
+    class Sizes(Callback):
+        def before_batch(self): sizes.append(len(self.xb[0]))
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[*limited(3, method='split', k=5), Sizes()])
+    assert sizes==[12,13,13,13,13]*3
+
+def test_split_keeps_the_schedule():
+    "A one-cycle training with the last batch short: rates, weights and progress go by whole batches"
+    def run(*cbs):
+        learn,lrs = plain_learner(opt_func=SGD),[]
+        learn.dls.loaders[0] = learn.dls.train.new(drop_last=False, bs=60)
+        class Rates(Callback):
+            order = 100
+            def before_step(self): lrs.append((self.opt.hypers[-1]['lr'], self.train_iter))
+        with learn.no_logging(): learn.fit_one_cycle(2, .1, cbs=[Rates(), *cbs])
+        return lrs,learn.pct_train,torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    (lrs,pct,weights),(lrs2,pct2,weights2) = run(),run(BSFinder(method='split'))
+    assert np.allclose(lrs, lrs2) and np.isclose(pct, pct2) and torch.allclose(weights, weights2, atol=1e-4)
+
+# --- batches that were cancelled
+
+class CancelAt(Callback):
+    "Skip the rest of the batch in the `n`th `event`; before the backward pass, only that"
+    def __init__(self, event, n):
+        self.n,self.seen,self.error = n,0,CancelBackwardException if event=='before_backward' else CancelBatchException
+        setattr(self, event, self.cancel)
+    def cancel(self):
+        self.seen += 1
+        if self.seen==self.n: raise self.error()
+
+cancels = pytest.mark.parametrize('event', ['after_loss','before_backward','after_backward'])
+
+@cancels
+def test_cancelled_micro_batch(event):
+    "The parts of a batch that was given up half-way are in no step"
+    def steps(*cbs):
+        learn,res = plain_learner(opt_func=SGD),[]
+        class Step(Callback):
+            order = 100
+            def before_step(self): res.append(torch.cat([p.grad.flatten() for p in learn.model.parameters()]))
+        with learn.no_logging(): learn.fit(1, 1e-12, cbs=[Step(), BSFinder(method='split'), *cbs])
+        return torch.stack(res), learn.recorder.search.n_iter
+    (whole,n),(cut,n2) = steps(),steps(CancelAt(event, 7)) # the third part of the second batch
+    assert torch.allclose(cut, torch.cat([whole[:1],whole[2:]]), atol=1e-6) and n2==n
+
+@cancels
+def test_cancelled_batch_of_a_window(event):
+    "A batch that was given up is in no measurement"
+    def recorded(first, *cbs):
+        learn = plain_learner()
+        learn.dls.loaders[0] = learn.dls.train.new(shuffle=False, dataset=learn.dls.train.dataset[first:])
+        with learn.no_logging(): learn.fit(1, 1e-12, cbs=[BSFinder(method='accumulate', n_batch=2, beta=1), *cbs])
+        return learn.recorder.noise[-1], learn.recorder.scale[-1]
+    assert recorded(0, CancelAt(event, 1))==pytest.approx(recorded(64), rel=1e-4)
+
+@pytest.mark.parametrize('event', ['before_step','after_backward'])
+def test_callback_that_changes_gradients_early(event):
+    "It gets a warning, unless it says that it comes later"
+    class Clip(Callback):
+        def clip(self): nn.utils.clip_grad_norm_(self.model.parameters(), .1)
+    setattr(Clip, event, Clip.clip)
+    with pytest.warns(UserWarning, match="Clip comes between the backward pass and BSFinder.*with an `order` above 6"):
+        search(plain_learner(cbs=Clip()))
+    if event=='before_step':
+        Clip.order = 7
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            search(plain_learner(cbs=Clip()))
+
+# --- which one
+
+def test_batches_that_cannot_be_cut():
+    learn = plain_learner()
+    learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda items: (
+        torch.stack([x for x,_ in items]), torch.stack([y for _,y in items]), tensor(1.)))
+    learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
+    with pytest.raises(ValueError, match=r"got first dimensions \[64, 64, 0\]. Use method='accumulate'"):
+        search(learn, method='split')
+    assert search(learn) is not None
+
+def test_auto_measures_batches_that_cannot_be_cut():
+    "It would cut them, as the windows are larger than half of the data, and holds the weights instead"
+    def measured(method):
+        learn = plain_learner(n=256)
+        learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda items: (
+            torch.stack([x for x,_ in items]), torch.stack([y for _,y in items]), tensor(1.)))
+        learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            search(learn, method=method)
+        return learn.recorder.bs_find_stats
+    auto,accumulate = measured('auto'),measured('accumulate')
+    assert len(auto) >= len(accumulate)-1
+    assert np.allclose(auto.noise.iloc[-1], accumulate.noise.iloc[-1], rtol=.3)
+
+def test_auto_cuts_such_small_data():
+    "What the test above is worth"
+    learn,sizes = plain_learner(n=256),[]
+    class Sizes(Callback):
+        def before_batch(self): sizes.append(len(self.yb[0]))
+    learn.add_cb(Sizes())
+    search(learn)
+    assert set(sizes)=={16}
+
+def test_auto_cuts_batches_where_windows_exceed_the_data():
+    "128 items in batches of 32: a window of 10 batches would hold each of them more than twice"
+    def sizes(learn):
+        seen = []
+        learn.model.register_forward_pre_hook(lambda m,x: seen.append(len(x[0])))
+        search(learn)
+        return set(seen)
+    assert sizes(plain_learner(32, n=128))=={8} and sizes(plain_learner(32))=={32}
+
+# --- gradients of single examples
+
+@pytest.mark.parametrize('method', ['per_example','split'])
+def test_agrees_with_whole_batches(method):
+    "At weights that stand still, over ten epochs: the same examples in batches of 64 and, one at a time or in parts, within them"
+    def measured(method):
+        learn = plain_learner()
+        search(learn, lr=1e-12, num_it=220, beta=1, method=method)
+        return np.array([learn.recorder.noise[-1], learn.recorder.scale[-1]])
+    assert np.allclose(measured(method)/measured('accumulate'), 1, atol=.05)
+
+def test_per_example_names_batch_norm(learn):
+    with pytest.raises(ValueError, match="batch norm ties those of a batch together, in 1. Use method='accumulate'"):
+        search(learn, method='per_example')
+
+def test_per_example_says_what_it_cannot_do():
+    "Models and losses that look at numbers; mixed precision, which scales its loss"
+    learn = plain_learner(loss=lambda p,y: F.cross_entropy(p, y.as_subclass(Tensor)) if p.sum() > 0 else p.sum())
+    with pytest.raises(RuntimeError, match="(?s)single examples of this model and loss.*Use method='accumulate'"):
+        search(learn, method='per_example')
+    learn = plain_learner()
+    for cb in (MixedPrecision(), MixUp()):
+        with pytest.raises(ValueError, match=f"per_example.*{type(cb).__name__}.*Use method='accumulate'"), learn.added_cbs(cb):
+            search(learn, method='per_example')
+
+@pytest.mark.parametrize('loss', [
+    CrossEntropyLossFlat(weight=torch.linspace(.2,4,10)),
+    CrossEntropyLossFlat(ignore_index=0)], ids=['weight','ignore_index'])
+def test_per_example_refuses_losses_that_are_no_mean(loss):
+    with pytest.raises(ValueError, match="the mean of the losses of single examples.*Use method='accumulate'"):
+        search(plain_learner(loss=loss), method='per_example')
+
+# --- a new one
+
+class Signs(Estimator):
+    "Compare the signs of each batch's gradient with their mean, and step on every batch"
+    name = 'signs'
+    def add_small(self, bs, xb, yb):
+        signs = [bs*g.sign() for g in self.grads()]
+        self.sums = signs if self.n==1 else [a+b for a,b in zip(self.sums, signs)]
+        self.small,self.step_now = self.small+sq_norm(signs)/bs,True
+    def big(self): return sq_norm(self.sums)/self.size**2
+
+@pytest.mark.parametrize('how', ['object','name'])
+def test_new_estimator_is_one_class(how, monkeypatch):
+    "No other room knows it: it is given to `bs_find`, or put among the others under its name"
+    monkeypatch.setitem(estimators, 'signs', Signs)
+    learn,twin,grads = plain_learner(),plain_learner(),Grads()
+    search(learn, lr=1e-12, method=Signs(10) if how=='object' else 'signs', num_it=20, n_batch=10, beta=1)
+    with twin.no_logging(): twin.fit(1, 1e-12, cbs=grads)
+    windows = torch.stack(grads.all[:20]).sign().view(2, 10, -1)
+    small,big = windows.square().sum(-1).mean(1),windows.mean(1).square().sum(-1)
+    expected = [noise_and_scale(s, b, 64, 640) for s,b in zip(small.tolist(), big.tolist())]
+    assert np.allclose(np.mean(expected, 0), [learn.recorder.noise[-1], learn.recorder.scale[-1]], rtol=1e-4)
+
+def test_options_go_to_those_that_have_them():
+    "By name: none but the estimator knows which these are"
+    def created(name, **kwargs): return get_estimator(name, nn.Linear(2,2), 100, 64, **kwargs)
+    assert created('split', n_batch=7, k=3).k==3 and created('accumulate', n_batch=7, k=3).n_window==7
+    assert created('per_example', n_batch=7, k=3, n_floats=10).n_floats==10
