@@ -44,7 +44,7 @@ def one_cost(model, method, batches, data):
     learn.model.zero_grad()
     start = time.perf_counter()
     with learn.no_logging():
-        if isinstance(kw, dict): learn.bs_find(1e-3, num_it=batches, show_plot=False, **kw)
+        if isinstance(kw, dict): learn.bs_find(1e-3, num_it=batches, show_plot=False, suggest_funcs=None, **kw)
         else: learn.fit(math.ceil(batches/len(learn.dls.train)), 1e-3, cbs=(StackFinder if kw else StopAfter)(batches))
     print(json.dumps(dict(seconds=time.perf_counter()-start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)))
 

@@ -19,7 +19,7 @@ What is finished is kept in `results/proof_runs.csv`, `proof_steps.csv` and `pro
 from tracking import *
 import functools, matplotlib.pyplot as plt
 from fastai.callback.schedule import minimum, valley
-from fastai_bs_finder.recorder import doublings
+from fastai_bs_finder.recorder import log2_axis
 from scipy.optimize import least_squares
 
 suggestions = dict(valley=valley, minimum=minimum) # of lr_find
@@ -238,8 +238,8 @@ def picture(res):
         bottom.axvline(row['fastest'], color='C3', ls='--')
         bottom.set(title=f"fastest: {row['fastest']:,} suggested, {row['best']:,} found", xlabel='Batch size', ylabel='Seconds')
         for ax in (top,bottom):
-            doublings(ax.xaxis)
-            doublings(ax.yaxis)
+            log2_axis(ax.xaxis)
+            log2_axis(ax.yaxis)
     handles = [h for ax in axs[:,0] for h in ax.get_legend_handles_labels()[0]]
     fig.legend(handles, [h.get_label() for h in handles], loc='outside upper center', ncols=3, frameon=False)
     return fig
@@ -249,8 +249,8 @@ def main():
     p.add_argument('--task', choices=tasks, help='only this one')
     p.add_argument('--fresh', action='store_true', help='repeat finished runs')
     args = p.parse_args()
-    runs,steps,found,res = Runs(
-        RESULTS/'proof_runs.csv', args.fresh),*(Kept(RESULTS/f'proof_{o}.csv', args.fresh) for o in ('steps','find')),{}
+    runs,res = Runs(RESULTS/'proof_runs.csv', args.fresh),{}
+    steps,found = (Kept(RESULTS/f'proof_{o}.csv', args.fresh) for o in ('steps','find'))
     for task in [o for o in tasks if args.task in (None,o)]:
         fs = [found.get(dict(task=task, suggestion=o), lambda: find(task, args.data, o)) for o in suggestions]
         sweep(runs, task, args.data, args.seeds)

@@ -110,8 +110,8 @@ def main():
                 'method':nm,
                 **{f'beta {b}': f'{100*np.median(abs(r[b]-1)):.1f}% ({100*np.median(r[b]-1):+.1f})' for b in betas}})
         exact = done[(done.method==with_exact) & (done.series=='exact') & (done.seed==0)]
-        first,last = (noise_scale(
-            o.noise.mean(), o.scale.mean()) for o in (exact.head(len(exact)//10), exact.tail(len(exact)//5)))
+        ends = exact.head(len(exact)//10), exact.tail(len(exact)//5)
+        first,last = (noise_scale(o.noise.mean(), o.scale.mean()) for o in ends)
         print(f"{task}: median error (bias) along {batches} batches of {make(args.data).dls.bs}, {args.seeds} seeds; "
               f"normal training's exact noise scale goes from {first:.0f} to {last:.0f}\n")
         table(rows)

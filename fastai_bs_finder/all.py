@@ -1,7 +1,7 @@
 "What a notebook needs, with one import: `from fastai_bs_finder.all import *`"
-from fastai_bs_finder.finder import BSFinder # and with it the methods of learners, recorders and loaders
+from fastai_bs_finder.finder import BSFinder, EndSearch # and with it the methods of learners, recorders and loaders
 from fastai_bs_finder.lr import scale_lr
 from fastai_bs_finder.state import preserve
 from fastai_bs_finder.suggest import BSSuggestion
 
-__all__ = ['BSFinder', 'BSSuggestion', 'preserve', 'scale_lr']
+__all__ = ['BSFinder', 'BSSuggestion', 'EndSearch', 'preserve', 'scale_lr']

@@ -134,18 +134,18 @@ def _check_args(args):
     if args.target is not None and (args.data is None or args.data.suffix.lower()!='.csv'):
         return "--target names a column of a .csv table: give the table with --data"
 
-# %% ../nbs/11_demo.ipynb #cfb1ff62
-def _report(rec, sugg, bs, num_it):
+# %% ../nbs/11_demo.ipynb #a47e2d1f
+def _report(rec, sugg, bs, num_it, n_batch):
     "Print what was found"
     print(f"Found:          {rec.bs_find_summary()}")
     if sugg.critical is None:
         return print(f"Batch size:     {sugg.fastest} (the fastest to process examples on this machine)")
     print(f"Batch size:     {sugg.fastest} "
-          f"(the fastest to a given loss on this machine; at {sugg.critical} it takes twice the fewest steps)")
+          f"(reaches a given loss soonest on this machine; beyond {sugg.critical} larger batches save few steps)")
     print(f"\nOn the way to the same loss, as a multiple of what batches of {bs} cost:\n")
     print(rec.bs_table()[['steps','examples','time','items_per_second','lr','suggested']])
-    print("\nThis looked at the beginning of a training. Later the noise scale is usually larger:\n"
-          f"--num_it {10*num_it} looks ten times as far.\n")
+    print(f"\nThis looked at the first {num_it//n_batch:,} optimizer steps of a training. "
+          f"Later the noise scale is usually larger:\n--num_it {10*num_it} looks ten times as far.\n")
 
 # %% ../nbs/11_demo.ipynb #72ce0b1c
 def main(
@@ -172,7 +172,7 @@ def main(
     print(f"\nData:           {args.data or 'the digits of scikit-learn'}, {n_items:,} training items in batches of {bs}")
     print(f"Learning rate:  {lr:.2g} (lr_find)")
     if sugg is None: return print("Batch size:     none found, see the warning above")
-    _report(rec, sugg, bs, num_it)
+    _report(rec, sugg, bs, num_it, n_batch)
     rec.plot_bs_find(suggestions=sugg, nms=sugg._fields, return_fig=True).savefig(args.out)
     print(f"Picture:        {args.out}")
 

@@ -22,16 +22,16 @@ from fastai.learner import Learner
 from fastai.torch_core import find_bs
 from fastprogress.fastprogress import progress_bar
 from .stats import RunningNoiseScale
-from .gradients import Estimator, PairSums, check_method, get_estimator
+from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import preserve
 from .loaders import batch_size, check_loader, n_items
 from .profile import Profile, profile_key
 from .lr import check_lr, is_adaptive
-from .suggest import BSSuggestion, SuggestionFuncs, needs_profile, suggestion_name
+from .suggest import BSSuggestion, default_funcs, needs_profile, suggestion_name
 
-# %% ../nbs/10_finder.ipynb #d376fa6b
+# %% ../nbs/10_finder.ipynb #b11eeb7b
 def trainable(
     params # Iterable of parameters
 )->list: # At least one, each once
@@ -45,17 +45,11 @@ def _check_whole(**kwargs):
     for k,v in kwargs.items():
         if v is not None and not isinstance(v, (int,np.integer)): raise ValueError(f"{k} must be a whole number, got {v!r}")
 
-def _check_counts(**kwargs):
-    _check_whole(**kwargs)
-    for k,v in kwargs.items():
-        if v < 2: raise ValueError(
-            f"{k} must be at least 2, got {v}: noise is what gradients differ by, so it takes more than one")
-
 # %% ../nbs/10_finder.ipynb #869bd65a
 class BSFinder(Callback):
     "Measure the gradient noise scale while training and record it in `learn.recorder`"
     order,run_valid = MixedPrecision.order-4,False
-    def __init__(self,
+    def __init__(self, *,
         n_batch:int=5, # Batches in a measurement, at least 2
         beta:float=0.998, # Weight that a measurement keeps per batch: the averages reach back about `1/(1-beta)` batches
         method:str|Estimator='auto', # Who compares small and big gradients: a name in `estimators`, or one of your own
@@ -63,11 +57,11 @@ class BSFinder(Callback):
         reduction:str=None # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     ):
         check_method(method)
-        _check_counts(n_batch=n_batch, k=k)
+        check_counts(n_batch=n_batch, k=k)
+        if reduction not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
         self.n_batch,self.method,self.k,self.reduction = n_batch,method,k,reduction
-        self.running,self.loss_facts = RunningNoiseScale(beta),LossFacts(None, reduction)
-        self.estimator,self.loaders,self.search = None,(),Search()
-        self.facts,self.broke = {},False # `facts` that the search is to be recorded with
+        self.running,self.estimator,self.loaders,self.search = RunningNoiseScale(beta),None,(),Search()
+        self.known,self.n_seen,self.broke = {},0,False # `known`: what the search is to be recorded with, whatever is seen
 
     def _start(self, est, params):
         _check_own_gradients(self.learn, est)
@@ -89,7 +83,7 @@ class BSFinder(Callback):
         if name=='learn' and value is None: self._stop() # after an error fastai takes a callback away without `after_fit`
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
 
-# %% ../nbs/10_finder.ipynb #58e60f31
+# %% ../nbs/10_finder.ipynb #927dacdc
 @patch
 def before_fit(self:BSFinder):
     "Find out about the learner, and watch the parameters that the optimizer trains"
@@ -101,13 +95,13 @@ def before_fit(self:BSFinder):
     self.loss_facts = LossFacts(self.learn.loss_func, self.reduction) # MixUp puts its own in place of it later
     self.n_seen,self.broke = 0,False
     bs = min(batch_size(dl), n_items(dl))
-    known = dict(n_items=n_items(dl), train_bs=bs, bs=bs, lr=0., adaptive=is_adaptive(self.opt),
+    found = dict(n_items=n_items(dl), train_bs=bs, bs=bs, lr=0., adaptive=is_adaptive(self.opt),
                  batch_norm=any(isinstance(m, bn) for m in self.model.modules()))
-    self.search = Search(**known | self.facts)
+    self.search = Search(**found | self.known)
     est = get_estimator(self.method, self.model, len(dl), getattr(dl, 'bs', None), n_batch=self.n_batch, k=self.k)
     self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
 
-# %% ../nbs/10_finder.ipynb #8959d87c
+# %% ../nbs/10_finder.ipynb #6b33e7f2
 @patch
 def before_train(self:BSFinder):
     "Let the estimator cut the batches"
@@ -153,10 +147,10 @@ def before_step(self:BSFinder):
         self.sums.add(est.pair, scaler and scaler.scale(torch.ones_like(self.learn.loss)))
         self.search.window,est.pair = max(self.search.window, est.pair.b_big),None
     if not est.step_now: raise CancelBatchException()
-    grads = [p.grad for p in est.params if p.grad is not None]
-    if self.loss_facts.is_sum: torch._foreach_mul_(grads, est.step_size) # the optimizer gets the gradient that it is used to
+    if self.loss_facts.is_sum: # the optimizer gets the gradient that it is used to
+        torch._foreach_mul_([p.grad for p in est.params if p.grad is not None], est.step_size)
 
-# %% ../nbs/10_finder.ipynb #6ab5cf20
+# %% ../nbs/10_finder.ipynb #bce47124
 @patch
 def after_batch(self:BSFinder):
     "Every `n_batch` batches, measure"
@@ -173,12 +167,12 @@ def _measure(self:BSFinder):
     m = self.sums.take()
     if m is None: return # other callbacks cancelled all of these batches
     self.loss_facts.add(m.loss)
-    if (m.n_bad or not math.isfinite(m.loss)) and not self._overflow(m.loss): return self._not_finite(m.loss)
-    if not m.n_examples: return # no batch was complete and large enough
+    if (m.n_bad or not math.isfinite(m.loss)) and not self._overflow(m.loss): self._not_finite(m.loss)
+    if not (m.n_examples and math.isfinite(m.loss)): return # no batch was complete and large enough, or the loss is lost
     if not self.search.noise: self.recorder.keep(search=self.search) # only now is an earlier search forgotten
     self.running.add(self.n_seen, m.noise, m.scale, m.n_examples)
     self.search.add(self.n_seen, *self.running.means(), *self.running.interval())
-    if 'lr' not in self.facts: self.search.lr = max(self.search.lr, self.opt.hypers[-1]['lr']) # of a schedule, its peak
+    if 'lr' not in self.known: self.search.lr = max(self.search.lr, self.opt.hypers[-1]['lr']) # of a schedule, its peak
 
 @patch
 def _overflow(self:BSFinder, loss):
@@ -188,10 +182,11 @@ def _overflow(self:BSFinder, loss):
 
 @patch
 def _not_finite(self:BSFinder, loss):
-    what,n = 'gradient' if math.isfinite(loss) else 'loss',self.n_seen
+    what,n = 'gradient' if math.isfinite(loss) else 'loss',len(self.search.noise)
     if not self.broke: warn(
-        f"The {what} became NaN or infinite between batches {n-self.n_batch+1} and {n}. {len(self.search.noise)} measurements "
-        "were made before that and are kept. A lower learning rate usually helps")
+        f"The {what} became NaN or infinite between batches {self.n_seen-self.n_batch+1} and {self.n_seen}. {n} "
+        f"{'measurement made before that is' if n==1 else 'measurements made before that are'} kept. "
+        "A lower learning rate usually helps")
     self.broke = True
 
 # %% ../nbs/10_finder.ipynb #aa2f9fe3
@@ -216,7 +211,7 @@ def _check_own_gradients(learn, est):
     if est.own_gradients and between: raise ValueError(
         f"{est.name} computes the gradients of single examples itself, without {' and '.join(between)}. Use method='accumulate'")
 
-# %% ../nbs/10_finder.ipynb #685cf2bd
+# %% ../nbs/10_finder.ipynb #08ca43a8
 _least = 10 # measurements before `tol` may end a search: fewer don't know how much they scatter
 
 class EndSearch(Callback):
@@ -224,27 +219,35 @@ class EndSearch(Callback):
     order,run_valid = BSFinder.order+1,False
     def __init__(self,
         finder:BSFinder, # The callback that measures in the same fit
-        num_it:int, # Batches to process at the most
+        num_it:int=None, # Batches to process at the most; None: as many as the fit has
         tol:float=None # End as soon as the 95% interval lies within a factor of 1±tol; None: don't
     ):
+        _check_whole(num_it=num_it)
         if tol is not None and not (isinstance(tol, (int,float,np.number)) and 0 < tol < 1): raise ValueError(
             f"tol must be between 0 and 1, got {tol}: 0.25 asks for an interval within 25% of the noise scale")
         self.finder,self.num_it,self.tol = finder,num_it,tol
 
+    def before_fit(self):
+        self.n = 0 # measurements so far
+        if self.finder not in self.learn.cbs: raise ValueError(
+            "EndSearch looks at a BSFinder in the same fit: pass both, as `cbs=[finder, EndSearch(finder, num_it)]`")
+
     def sure(self)->bool:
-        "Is the interval narrow enough?"
-        search = self.finder.search
+        "Is the interval of the last measurement narrow enough?"
+        search,ns = self.finder.search,self.finder.search.noise_scale[-1]
         if self.tol is None or len(search.noise) < _least: return False
-        ns = search.noise_scale[-1]
-        return (1-self.tol)*ns <= search.lower[-1] and search.upper[-1] <= (1+self.tol)*ns
+        return bool((1-self.tol)*ns <= search.lower[-1] and search.upper[-1] <= (1+self.tol)*ns)
 
     def after_batch(self):
-        if self.sure(): self.finder.search.ended_by_tol = True
-        if self.finder.search.ended_by_tol or self.finder.broke or self.finder.n_seen >= self.num_it: raise CancelFitException()
+        finder,n = self.finder,len(self.finder.search.noise)
+        if n > self.n: finder.search.ended_by_tol = self.sure()
+        self.n = n
+        done = self.num_it is not None and finder.n_seen >= self.num_it
+        if finder.search.ended_by_tol or finder.broke or done: raise CancelFitException()
 
     def before_validate(self): raise CancelValidException()
 
-# %% ../nbs/10_finder.ipynb #3e694740
+# %% ../nbs/10_finder.ipynb #e34f5ab8
 def _result_type(funcs):
     "Named tuple with a field for each suggestion function"
     for f in funcs:
@@ -261,7 +264,7 @@ def _check_search(learn, finder, bs, num_it):
     if getattr(learn, 'loss_func', None) is None: raise ValueError(
         "the learner has no loss function: pass one as `Learner(dls, model, loss_func=...)`")
     trainable(learn.model.parameters())
-    _check_whole(bs=bs, num_it=num_it)
+    _check_whole(bs=bs)
     dl,n_batch = learn.dls.train,finder.n_batch
     check_loader(dl, bs)
     if num_it is not None and num_it//n_batch < 2: raise ValueError(
@@ -281,17 +284,16 @@ class _SearchProgress(Callback):
     def after_batch(self): self.bar.update(self.finder.n_seen)
     def after_fit(self): self.bar.on_iter_end()
 
-# %% ../nbs/10_finder.ipynb #73f914c1
-def _mock_training(learn, finder, lr, bs, num_it, tol, wd):
+# %% ../nbs/10_finder.ipynb #362de2ba
+def _mock_training(learn, end, lr, bs, wd):
     "Train until the search is over, and undo it"
-    bar,n_batch = bool(learn._grab_cbs(ProgressCallback)),finder.n_batch
-    end = EndSearch(finder, num_it, tol)
+    finder,bar = end.finder,bool(learn._grab_cbs(ProgressCallback))
     with preserve(learn):
         dl = learn.dls.train
-        finder.facts = dict(train_bs=min(batch_size(dl), n_items(dl)), lr=lr)
+        finder.known = dict(train_bs=min(batch_size(dl), n_items(dl)), lr=lr)
         if bs is not None: learn.dls.train = dl.with_bs(bs)
-        n_epoch = len(learn.dls.train)
-        end.num_it = (max(n_epoch, 200, 10*n_batch) if num_it is None else num_it)//n_batch*n_batch # whole measurements
+        n_epoch,n_batch = len(learn.dls.train),finder.n_batch
+        end.num_it = (end.num_it or max(n_epoch, 200, 10*n_batch))//n_batch*n_batch # whole measurements
         learn.model.zero_grad(set_to_none=False) # what was left over would be added to the first window's gradients
         cbs = [finder, end] + ([_SearchProgress(finder, end.num_it)] if bar else [])
         with learn.no_logging(): learn.fit(math.ceil(end.num_it/n_epoch), lr, wd=wd, cbs=cbs)
@@ -324,8 +326,6 @@ def _renew_profile(learn, rec, wanted):
         f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=3)
 
 # %% ../nbs/10_finder.ipynb #b27c19c8
-_default_funcs = SuggestionFuncs((BSSuggestion.Fastest,BSSuggestion.Critical))
-
 @patch
 @delegates(BSFinder.__init__)
 def bs_find(self:Learner,
@@ -335,18 +335,18 @@ def bs_find(self:Learner,
     tol:float=None, # Stop as soon as the 95% interval lies within a factor of 1±tol, at the latest after `num_it`; None: don't
     wd:float=None, # Weight decay; None: `learn.wd`
     show_plot:bool=True, # Draw the noise scale with the suggestions
-    suggest_funcs:tuple=_default_funcs, # Functions of the recorder that return a batch size; None: measure only
+    suggest_funcs:tuple=default_funcs, # Functions of the recorder that return a batch size; None: measure only
     **kwargs
 ): # Named tuple of the suggestions, one field per function
     "Launch a mock training to find a good batch size and return suggestions; `learn.recorder` keeps the measurements"
     funcs,finder = tuplify(suggest_funcs),BSFinder(**kwargs)
-    SuggestedBSs = _result_type(funcs)
+    SuggestedBSs,end = _result_type(funcs),EndSearch(finder, num_it, tol)
     if lr is None: lr = self.lr
     check_lr(lr)
     if isinstance(lr, np.number): lr = float(lr) # fastai takes no NumPy numbers
     _check_search(self, finder, bs, num_it)
     rec = BSRecorder.of(self)
-    _mock_training(self, finder, lr, bs, num_it, tol, wd)
+    _mock_training(self, end, lr, bs, wd)
     if not finder.search.noise:
         why = '' if finder.search.window or finder.broke else (
             ": other callbacks cancelled every batch, or they are too small to be cut. method='accumulate' takes any size")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastai.torch_core import apply
 from .state import saved_random_state
 
-# %% ../nbs/04_losses.ipynb #3e3f9782
+# %% ../nbs/04_losses.ipynb #c7939e84
 def _said(loss_func):
     "What a loss function says about its reduction; None if it says nothing"
     for o in (loss_func, getattr(loss_func,'func',None), getattr(loss_func,'keywords',None)):
@@ -27,7 +27,7 @@ def reduction(
     pred:Tensor, # Predictions of a batch, or a tuple of them
     yb:tuple # Its targets
 )->str: # 'mean' or 'sum'
-    "How a loss puts the examples of a batch together: what it says, or how its value changes when a batch is there twice"
+    "How a loss puts the examples of a batch together: what it says, or how its value changes when a batch is duplicated"
     if said := _said(loss_func): return said
     try:
         with torch.no_grad(), saved_random_state():
@@ -35,8 +35,8 @@ def reduction(
     except Exception: return 'mean'
     ratio = twice/once if once else 1.
     if 1.1 < ratio < 1.9: warn(
-        f"a batch that is there twice has {ratio:.2f} times its loss, which fits neither a mean (1) nor a sum (2) over its "
-        "examples, so the noise scale may be wrong. If the loss has parts, let all of them be means")
+        f"duplicating a batch multiplies its loss by {ratio:.2f}, which fits neither a mean (1) nor a sum (2) over its examples, "
+        "so the noise scale may be wrong. If the loss has parts, let all of them be means")
     return 'sum' if ratio > 1.5 else 'mean'
 
 # %% ../nbs/04_losses.ipynb #92c29591
@@ -49,14 +49,13 @@ def n_tokens(
     if not (isinstance(pred, Tensor) and isinstance(y, Tensor)): return
     if pred.ndim==3 and y.ndim==2 and pred.shape[:2]==y.shape and not y.is_floating_point(): return y.shape[1]
 
-# %% ../nbs/04_losses.ipynb #20845d19
+# %% ../nbs/04_losses.ipynb #1812cac5
 class LossFacts:
     "What is found out about the loss of a training"
     def __init__(self,
         loss_func:callable, # The loss function
         how:str=None # 'mean' or 'sum', if the user says it; None: find out
     ):
-        if how not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {how!r}")
         self.loss_func,self.how,self.n_tokens,self.first,self.last = loss_func,how,None,None,None
         self.seen = False
 
@@ -68,7 +67,9 @@ class LossFacts:
         self.how,self.n_tokens,self.seen = self.how or reduction(self.loss_func, pred, yb), n_tokens(pred, yb), True
 
     @property
-    def is_sum(self): return self.how=='sum'
+    def is_sum(self):
+        "Does it add up the examples of a batch?"
+        return self.how=='sum'
 
     def add(self,
         loss:float # Its sum over the batches of a measurement

@@ -12,12 +12,12 @@ import numpy as np, torch
 from torch import nn
 from fastai.optimizer import average_sqr_grad, larc_step
 
-# %% ../nbs/08_lr.ipynb #15adb664
+# %% ../nbs/08_lr.ipynb #3cd18182
 def lr_factor(
     bs_from:float, # Batch size that the learning rate is good for
     bs_to:float, # Batch size to go to
     noise_scale:float=math.inf, # Gradient noise scale; `inf`: unknown, and taken to be far above both
-    power:float=1. # Of the bracket: 1 for SGD, 0.5 for Adam and the like
+    power:float=1. # Of the factor: 1 for SGD, 0.5 for Adam and the like
 )->float: # To multiply the learning rate with
     "The ratio of the best learning rates at two batch sizes (arXiv 1812.06162, section 2.2)"
     linear = bs_to/bs_from

@@ -22,9 +22,9 @@ from fastprogress.fastprogress import progress_bar
 from .stats import fit_step_time
 from .state import preserve, takes_part
 from .loaders import TimedBatches, check_loader, n_items
-from .recorder import BSRecorder, doublings
+from .recorder import BSRecorder, log2_axis
 
-# %% ../nbs/07_profile.ipynb #4bd0dc19
+# %% ../nbs/07_profile.ipynb #14a0747c
 class Profile:
     "What a training step takes at the batch sizes that were tried"
     def __init__(self,
@@ -42,7 +42,9 @@ class Profile:
         return df
 
     @property
-    def tried(self): return [o['bs'] for o in self.rows]
+    def tried(self):
+        "The batch sizes that were tried, whether they fit or not"
+        return [o['bs'] for o in self.rows]
 
     @property
     def largest_fit(self):
@@ -63,7 +65,7 @@ class Profile:
         df = df.head(max(4, 1+df.items_per_second.argmax()))
         return fit_step_time(df.index, df.step_time)
 
-# %% ../nbs/07_profile.ipynb #b83ba879
+# %% ../nbs/07_profile.ipynb #ba5fe12e
 @patch
 def time_of_step(self:Profile,
     bs:int # Batch size, or an array of them
@@ -75,7 +77,10 @@ def time_of_step(self:Profile,
     res = times*curve(size)*np.exp(np.interp(np.log(size), np.log(df.index), deviation))
     return res if np.ndim(bs) else float(res)
 
-BSRecorder.profile = Profile() # of a recorder that has no other
+@patch(as_prop=True)
+def profile(self:BSRecorder):
+    "The record of the last profile; an empty one before"
+    return self.__dict__.setdefault('profile', Profile())
 
 def profile_of(
     rec:Recorder # Any recorder of fastai's
@@ -86,7 +91,7 @@ def profile_of(
 @patch(as_prop=True)
 def bs_profile_stats(self:Recorder):
     "DataFrame of the profile, a row per batch size that was tried; see `Profile.stats`"
-    return profile_of(self).stats
+    return profile_of(self).stats.copy()
 
 # %% ../nbs/07_profile.ipynb #db539318
 _warm_up,_blocks,_block_time = 2,3,.02 # steps that don't count, blocks, seconds of a block
@@ -224,7 +229,7 @@ def _sizes(dl, bss, max_bs):
     where = f"in a training set of {n:,}" if most==n else f"up to max_bs={max_bs:,}"
     return sizes,f"{sizes[-1]:,} is the largest {what} {where}"
 
-# %% ../nbs/07_profile.ipynb #248d80a9
+# %% ../nbs/07_profile.ipynb #00d0010d
 class _NoSteps(Exception): pass
 
 @dataclass
@@ -244,10 +249,10 @@ class _Attempt:
 
 class _Profiler:
     "Tries one size after the other within `limit` seconds, and knows why it stopped"
-    def __init__(self, learn, end, limit, margin):
+    def __init__(self, learn, sizes, end, limit, margin):
         self.learn,self.end,self.limit,self.margin = learn,end,limit,margin
         self.train,self.device = learn.dls.train,_device(learn)
-        self.until,self.memory,self.tried,self.bs = time.perf_counter()+limit,_Memory(self.device),[],None
+        self.until,self.memory,self.tried,self.bs = time.perf_counter()+limit,_Memory(self.device),[],sizes[0]
 
     def take(self, bs, memory=None):
         "Train for a few steps with batches of `bs`: seconds a step, and seconds of waiting"
@@ -331,7 +336,7 @@ def profile_key(
     workers = getattr(getattr(train, 'fake_l', None), 'num_workers', 0)
     return (str(_device(learn)), n, n_trained, *cbs, id(train.dataset), workers, str(learn.opt_func))
 
-# %% ../nbs/07_profile.ipynb #4c36e8be
+# %% ../nbs/07_profile.ipynb #5dbfd954
 _scatter = .5 # relative deviation of a step time from the curve that is called in question
 
 @patch
@@ -349,18 +354,18 @@ def bs_profile(self:Learner,
     if not 0 <= margin < 1: raise ValueError(f"margin must be at least 0 and less than 1, got {margin}")
     if any(type(o).__name__=='DistributedTrainer' for o in self.cbs): raise ValueError(
         "bs_profile times one process: call it outside of `distrib_ctx`, on one of them")
-    rec,profiler = BSRecorder.of(self),_Profiler(self, end, limit, margin)
+    rec,profiler = BSRecorder.of(self),_Profiler(self, sizes, end, limit, margin)
     profiler.run(progress_bar(sizes, leave=False) if self._grab_cbs(ProgressCallback) else sizes)
     rec.keep(profile=Profile([o.row() for o in profiler.tried], profiler.end, profile_key(self)))
-    if rec.profile.largest_fit is None: return rec.profile.stats
+    if rec.profile.largest_fit is None: return rec.bs_profile_stats
     error = rec.profile.step_time.error
     if error > _scatter: warn(
         f"the step times scatter, by up to {error:.0%} around a curve: "
         "if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)
     if show_plot: rec.plot_bs_profile()
-    return rec.profile.stats
+    return rec.bs_profile_stats
 
-# %% ../nbs/07_profile.ipynb #1764f214
+# %% ../nbs/07_profile.ipynb #63ad1325
 @patch
 def plot_bs_profile(self:Recorder,
     return_fig:bool=False # Return the matplotlib figure
@@ -377,8 +382,8 @@ def plot_bs_profile(self:Recorder,
     steps.plot(bs, 1000*fit(bs), color='C0', lw=1)
     title = f'{1000*fit.overhead:.2g} ms and {1000*fit.per_item:.2g} ms an item, to within {fit.error:.0%}'
     steps.set(ylabel='Step (ms)', title=title)
-    doublings(steps.yaxis)
+    log2_axis(steps.yaxis)
     for ax in (items,steps):
-        doublings(ax.xaxis)
+        log2_axis(ax.xaxis)
         ax.set_xlabel('Batch size')
     if return_fig: return fig

@@ -93,7 +93,7 @@ def _fill(t, content):
 def saved_tensors(
     tensors # Iterable of tensors; repeated ones are saved once
 ):
-    "Put back the contents, the storage and the gradients' need of `tensors`"
+    "Put back the contents and the storage of `tensors`, and whether they require gradients"
     uniq = {id(t): t for t in tensors}.values()
     saved = [(t, t.data, t.detach().to('cpu', copy=True), t.requires_grad if t.is_leaf else None) for t in uniq]
     try: yield

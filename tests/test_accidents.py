@@ -2,7 +2,7 @@
 import math, random, warnings
 
 import matplotlib.pyplot as plt, pandas as pd, pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
@@ -10,7 +10,6 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed, TensorCategory
-from fastai.callback.core import CancelBatchException, CancelStepException
 from torch import nn
 from fastai_bs_finder.all import BSFinder
 from fastai_bs_finder.recorder import BSRecorder, Search
@@ -104,6 +103,20 @@ def test_callback_warns_and_goes_on(learn):
     assert len([w for w in ws if 'NaN or infinite' in str(w.message)])==1 and len(learn.recorder.losses)==22
     assert learn.recorder.search.n_iter==[5]
 
+def test_the_good_parts_of_a_bad_measurement_count(learn):
+    "One micro-batch with an infinite gradient spoils its own batch, and not the four others of the measurement"
+    class Once(Callback):
+        n,order = 0,10
+        def before_backward(self):
+            self.n += 1
+            if self.n==6: self.learn.loss_grad = self.learn.loss_grad*math.inf
+        def before_step(self):
+            if self.n==8: raise CancelStepException() # or the weights were infinite from here on
+    finder = BSFinder(method='split', n_batch=5, beta=1)
+    with learn.no_logging(), pytest.warns(UserWarning, match='The gradient became NaN or infinite between batches 1 and 5'):
+        learn.fit(1, 1e-12, cbs=[finder, Once()])
+    assert learn.recorder.search.n_iter[0]==5 and finder.running.rows[0][-1]==4*64
+
 class Scaler(Callback):
     "Stands for a loss scaler that overflows at first: the gradients of the first batches are infinite, the losses are not"
     order = MixedPrecision.order
@@ -138,7 +151,7 @@ def test_loss_scale(learn, tmp_path):
 def test_nan_after_overflow(learn):
     "An overflow that the scaler answers does not silence the warning of a real NaN later"
     learn.add_cb(Scaler(10, bad=range(25,100)))
-    with pytest.warns(UserWarning, match='loss became NaN or infinite between batches 21 and 30. 1 measurements'):
+    with pytest.warns(UserWarning, match='loss became NaN or infinite between batches 21 and 30. 1 measurement'):
         search(learn, num_it=60)
     assert learn.recorder.search.n_iter == [20]
 

@@ -1,5 +1,5 @@
 "What each estimator makes of a training, which one is chosen, and what a new one takes."
-import warnings
+import pickle, warnings
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
@@ -7,7 +7,6 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, SGD
-
 from torch import nn, Tensor, tensor
 from torch.nn import functional as F
 from fastai_bs_finder.all import BSFinder
@@ -15,7 +14,6 @@ from fastai_bs_finder.gradients import Estimator, estimators, get_estimator, sq_
 from fastai_bs_finder.stats import noise_and_scale
 from helpers import limited, plain_learner, search
 from measuring import Grads
-
 
 # --- the optimizer's steps
 
@@ -119,29 +117,37 @@ def test_callback_that_changes_gradients_early(event):
 
 # --- which one
 
-def test_batches_that_cannot_be_cut():
-    learn = plain_learner()
-    learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda items: (
-        torch.stack([x for x,_ in items]), torch.stack([y for _,y in items]), tensor(1.)))
+def uncuttable(**kwargs):
+    "A learner whose batches have a tensor without examples"
+    def create_batch(items): return *(torch.stack(o) for o in zip(*items)),tensor(1.)
+    learn = plain_learner(**kwargs)
+    learn.dls.loaders[0] = learn.dls.train.new(create_batch=create_batch)
     learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
+    return learn
+
+def test_batches_that_cannot_be_cut():
+    learn = uncuttable()
     with pytest.raises(ValueError, match=r"got first dimensions \[64, 64, 0\]. Use method='accumulate'"):
         search(learn, method='split')
     assert search(learn) is not None
 
+@pytest.mark.filterwarnings('ignore:A window of', 'ignore:The noise scale may be far off', 'ignore:The gradient drowned')
 def test_auto_measures_batches_that_cannot_be_cut():
     "It would cut them, as the windows are larger than half of the data, and holds the weights instead"
     def measured(method):
-        learn = plain_learner(n=256)
-        learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda items: (
-            torch.stack([x for x,_ in items]), torch.stack([y for _,y in items]), tensor(1.)))
-        learn.dls.n_inp,learn.loss_func = 1,lambda p,y,w: F.cross_entropy(p, y.as_subclass(Tensor))*w
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            search(learn, method=method)
+        learn = uncuttable(n=256)
+        search(learn, method=method, num_it=40)
         return learn.recorder.bs_find_stats
     auto,accumulate = measured('auto'),measured('accumulate')
     assert len(auto) >= len(accumulate)-1
     assert np.allclose(auto.noise.iloc[-1], accumulate.noise.iloc[-1], rtol=.3)
+
+@pytest.mark.parametrize('method', estimators)
+def test_nothing_of_the_data_stays_in_an_estimator(method):
+    "An exported learner that has a finder among its callbacks would carry it along"
+    finder = BSFinder(method=method)
+    with (learn := plain_learner()).no_logging(): learn.fit(1, 1e-3, cbs=finder)
+    assert len(pickle.dumps(finder.estimator)) < 2000
 
 def test_auto_cuts_such_small_data():
     "What the test above is worth"

@@ -6,9 +6,11 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
+from fastai.learner import Recorder
 from fastai.torch_core import params
 from torch import nn, tensor
-from fastai_bs_finder.all import BSFinder, BSSuggestion
+from fastai_bs_finder.all import BSFinder, BSSuggestion, EndSearch
+from fastai_bs_finder.gradients import AccumulateEstimator, SequentialEstimator, SplitEstimator
 from fastai_bs_finder.suggest import critical
 from helpers import make_learner, plain_learner, same, search, Stream, weights
 
@@ -20,7 +22,7 @@ def refused(learn, match, exc=ValueError, **kwargs):
     assert not calls and same(before, weights(learn)) and random.getstate()==rand
     assert [m.training for m in learn.model.modules()]==modes
     assert learn.opt is None and not plt.get_fignums()
-    assert not getattr(learn.recorder, 'losses', None) and not len(getattr(learn.recorder, 'noise', ()))
+    assert not getattr(learn.recorder, 'losses', None)
 
 @pytest.mark.parametrize('lr', [
     0, -1e-3, math.nan, math.inf, -math.inf, slice(0,1e-2), slice(1e-3,math.nan), slice(math.inf), [1e-3,-1e-3],
@@ -160,7 +162,23 @@ def test_empty_training_set(learn):
 
 @pytest.mark.parametrize('tol', [0,1,25,-.1])
 def test_tol_is_a_share(learn, tol):
-    with pytest.raises(ValueError, match='tol must be between 0 and 1'): search(learn, tol=tol)
+    refused(learn, 'tol must be between 0 and 1', lr=1e-2, tol=tol)
+    assert type(learn.recorder) is Recorder
+
+def test_end_of_a_search(learn):
+    "What ends a fit needs to know what it looks at, and when"
+    for bad in (2.5, '3'):
+        with pytest.raises(ValueError, match='num_it must be a whole number'): EndSearch(BSFinder(), bad)
+    with learn.no_logging(), pytest.raises(ValueError, match='looks at a BSFinder in the same fit'):
+        learn.fit(1, cbs=EndSearch(BSFinder(), 10))
+
+def test_options_of_the_finder_go_by_name():
+    with pytest.raises(TypeError): BSFinder(60)
+
+@pytest.mark.parametrize('cls,nm', [(AccumulateEstimator,'n_batch'), (SequentialEstimator,'n_batch'), (SplitEstimator,'k')])
+def test_estimators_check_their_own(cls, nm):
+    with pytest.raises(ValueError, match=f'{nm} must be a whole number'): cls(2.5)
+    with pytest.raises(ValueError, match=f'{nm} must be at least 2'): cls(1)
 
 @pytest.mark.parametrize('kwargs,match', [
     (dict(k=1),'k must be at least 2'), (dict(k=2.5),'k must be a whole number'),

@@ -60,7 +60,7 @@ def test_waits_are_counted():
         def before_step(self): self.learn.loss.item()
     learn = plain_learner()
     learn.add_cb(Impatient())
-    assert waits(lambda: search(learn))[0] >= 30
+    assert waits(lambda: search(learn, num_it=40))[0] >= 40
 
 # --- how sure
 

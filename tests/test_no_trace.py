@@ -514,7 +514,6 @@ assert type(learn.recorder) is Recorder and learn.recorder is learn.cbs[1] and n
 print(repr(learn.predict(pd.Series(dict(a=1., b=-.3, c=.2)))[2].tolist()))
 """
 
-@pytest.mark.slow
 def test_export_opens_without_this_package(tmp_path):
     "People deploy such files where this package is not installed"
     learn = tabular(tmp_path)

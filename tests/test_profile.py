@@ -5,12 +5,11 @@ from unittest.mock import patch as mock_patch
 
 import pytest, torch
 from fastai.basics import Pipeline, Transform
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.data import PartialDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper, SGD
-from fastai.callback.core import CancelBatchException, CancelFitException, CancelStepException
 from torch import nn, Tensor
 from fastai_bs_finder import profile
 from fastai_bs_finder.all import BSSuggestion
@@ -53,6 +52,19 @@ def test_nothing_fits(learn):
     assert quick(learn).fits.tolist()==[False] and learn.recorder.profile.largest_fit is None
     with pytest.raises(ValueError, match='8 did not fit: out of memory'): learn.recorder.plot_bs_profile()
 
+def test_out_of_memory_before_the_first_step(learn):
+    "Saving the learner's state takes memory, too"
+    def full(learn): raise errors['cuda']
+    with mock_patch.object(profile, 'preserve', full): stats = quick(learn)
+    assert stats.fits.tolist()==[False] and learn.recorder.profile.end=='8 did not fit: out of memory'
+
+def test_the_table_is_yours(learn):
+    "What is done to it changes nothing in the recorder"
+    quick(learn, max_bs=16).drop(8, inplace=True)
+    stats = learn.recorder.bs_profile_stats
+    stats['step_time'] *= 0
+    assert list(learn.recorder.bs_profile_stats.index)==[8,16] and learn.recorder.profile.time_of_step(8) > 0
+
 def test_what_failed_is_let_go(learn):
     "The failed attempt's predictions are gone: neither learner nor error hold them"
     refs = []
@@ -86,9 +98,8 @@ def test_no_trace(tmp_path, oom, opt_func):
             before = learn.dls.train,learn.opt,list(learn.cbs),[None if g is None else g.clone() for g in grads]
             quick(learn, bss=[8,64,128])
             assert learn.dls.train is before[0] and learn.opt is before[1] and list(learn.cbs)==before[2]
-            assert all(
-                p.grad is g and (g is None or torch.equal(g, c)) for p, g,
-                c in zip(learn.model.parameters(), grads, before[3]))
+            for p,g,c in zip(learn.model.parameters(), grads, before[3]):
+                assert p.grad is g and (g is None or torch.equal(g, c))
             if oom: learn.remove_cb(Full)
         with learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
         return learn.recorder.losses, [p.clone() for p in learn.model.parameters()], torch.rand(1)

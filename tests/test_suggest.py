@@ -88,8 +88,8 @@ def test_odd_recorders(kwargs):
     rec = recorded(**kwargs)
     table = rec.bs_table()
     assert table[['steps','examples','efficiency','time','time_from','time_to','lr']].map(np.isfinite).all().all()
-    assert rec.search.train_bs > rec.search.n_items or np.allclose(table.loc[
-        rec.search.train_bs, ['steps','examples','time']].astype(float), 1)
+    now = rec.search.train_bs
+    assert now > rec.search.n_items or np.allclose(table.loc[now, ['steps','examples','time']].astype(float), 1)
     assert max(table.index) <= max(rec.search.n_items, 1)
     str(table), table._repr_html_(), rec.plot_bs_tradeoff(return_fig=True).savefig('/dev/null', format='png')
 
