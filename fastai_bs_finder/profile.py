@@ -10,6 +10,7 @@ import gc, math, time
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
+from operator import attrgetter
 from pathlib import Path
 from threading import Event, Thread
 from warnings import warn
@@ -65,7 +66,7 @@ class Profile:
         df = df.head(max(4, 1+df.items_per_second.argmax()))
         return fit_step_time(df.index, df.step_time)
 
-# %% ../nbs/07_profile.ipynb #ba5fe12e
+# %% ../nbs/07_profile.ipynb #679eb53b
 @patch
 def time_of_step(self:Profile,
     bs:int # Batch size, or an array of them
@@ -81,6 +82,9 @@ def time_of_step(self:Profile,
 def profile(self:BSRecorder):
     "The record of the last profile; an empty one before"
     return self.__dict__.setdefault('profile', Profile())
+
+for nm in 'largest_fit fitting step_time time_of_step'.split(): setattr(BSRecorder, nm, property(attrgetter(f'profile.{nm}')))
+BSRecorder.profile_end = property(attrgetter('profile.end'))
 
 def profile_of(
     rec:Recorder # Any recorder of fastai's

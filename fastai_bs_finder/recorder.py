@@ -8,6 +8,7 @@ __all__ = ['Search', 'short_number', 'BSRecorder', 'search_of', 'log2_axis', 'by
 # %% ../nbs/06_recorder.ipynb #f483e6cf
 import copyreg, math
 from dataclasses import dataclass, field
+from operator import attrgetter
 import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.ticker import LogLocator
 from fastai.learner import Learner, Recorder
@@ -112,13 +113,6 @@ class BSRecorder(Recorder):
         "Forget an earlier record and keep this one"
         self.__dict__.update(records) # not by `setattr`: `Callback` warns where the model happens to use the name too
 
-    @property
-    def noise(self): return self.search.noise
-    @property
-    def scale(self): return self.search.scale
-    @property
-    def noise_scale(self): return self.search.noise_scale
-
     def settled(self)->pd.Series: # A row of `bs_find_stats`
         "The measurement that stands for the whole curve"
         return self.search.settled()
@@ -128,6 +122,11 @@ class BSRecorder(Recorder):
         base = next(o for o in type(self).__mro__ if not issubclass(o, BSRecorder))
         state = {k:v for k,v in self.__getstate__().items() if k not in ('search','profile')}
         return copyreg._reconstructor, (base, object, None), state
+
+# what the record holds can be asked of the recorder, too
+for nm in 'noise scale noise_scale lower upper n_iter n_items n_tokens train_bs adaptive batch_norm'.split():
+    setattr(BSRecorder, nm, property(attrgetter(f'search.{nm}')))
+BSRecorder.search_bs,BSRecorder.search_lr = property(attrgetter('search.bs')),property(attrgetter('search.lr'))
 
 # %% ../nbs/06_recorder.ipynb #f84fffc6
 def search_of(
