@@ -3,7 +3,7 @@
 The noise scale depends on how far training has come. With its default options a search ends after one epoch of
 batches, and `accumulate` steps once in `n_batch` of them; the rows with `num_it` go on for as many optimizer steps as
 one epoch of normal training has, and `split` takes those steps within one epoch. The first are kept as
-`results/curve_*.csv`, which `nbs/09_suggest.ipynb` reads. The row `mnist, article's model` has the residual convnet
+`results/curve_*.csv`, which `nbs/10_suggest.ipynb` reads. The row `mnist, article's model` has the residual convnet
 of the article that brought the noise scale to fastai, all others of MNIST a plain small one."""
 from common import *
 from fastai.tabular.all import *

@@ -127,7 +127,7 @@ def uncuttable(**kwargs):
 
 def test_batches_that_cannot_be_cut():
     learn = uncuttable()
-    with pytest.raises(ValueError, match=r"got first dimensions \[64, 64, 0\]. Use method='accumulate'"):
+    with pytest.raises(ValueError, match=r"got first dimensions \[64, 64, 0\] for 64 items. Use method='accumulate'"):
         search(learn, method='split')
     assert search(learn) is not None
 

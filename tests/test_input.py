@@ -131,7 +131,10 @@ def test_no_loss(learn):
 def test_no_target(learn):
     "Batches without a target have no loss"
     learn.dls.loaders[0] = learn.dls.train.new([(o[0],) for o in learn.dls.train.dataset])
-    refused(learn, 'no target', lr=1e-2)
+    before = weights(learn)
+    for f in (lambda: learn.bs_find(1e-2), learn.bs_profile):
+        with pytest.raises(ValueError, match='no target'): f()
+    assert same(before, weights(learn)) and learn.opt is None
 
 def test_method(learn):
     "An unknown method: name those that there are"

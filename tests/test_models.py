@@ -30,8 +30,8 @@ from torch.amp import autocast, GradScaler
 from torch.nn import functional as F
 from helpers import digits, small_table, weights
 from measuring import (
-    assert_close, assert_far, assert_same, biased, deep, drowned_is_fine, each_method, each_method_in_ci, exact, halves, learner, measure,
-    net, stats, torch_opt)
+    assert_close, assert_far, assert_same, biased, deep, drowned_is_fine, each_method, each_method_in_ci, exact, halves,
+    learner, measure, net, stats, torch_opt)
 
 pytestmark = drowned_is_fine
 

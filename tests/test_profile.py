@@ -1,5 +1,5 @@
 "The profile: what it reports was tried, it ends where memory or time do, and the learner is as it was."
-import gc, math, threading, time, weakref
+import gc, math, re, threading, time, weakref
 from functools import partial
 from unittest.mock import patch as mock_patch
 
@@ -47,10 +47,24 @@ def test_kinds_of_out_of_memory(learn, nm):
     assert quick(learn).fits.tolist()==[True,True,True,False]
 
 def test_nothing_fits(learn):
-    "Then there is nothing to draw, and no suggestion either"
+    "Down to a single item; then there is nothing to draw, and no suggestion either"
     learn.add_cb(Full(1, 'after_loss', errors['cuda']))
-    assert quick(learn).fits.tolist()==[False] and learn.recorder.profile.largest_fit is None
-    with pytest.raises(ValueError, match='8 did not fit: out of memory'): learn.recorder.plot_bs_profile()
+    stats = quick(learn)
+    assert stats.fits.to_dict()=={1: False} and learn.recorder.profile.largest_fit is None
+    with pytest.raises(ValueError, match='1 did not fit: out of memory'): learn.recorder.plot_bs_profile()
+
+@pytest.mark.parametrize('most', [1,2,5])
+def test_less_than_eight_fit(learn, most):
+    "Large models have small batches"
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(64,10)) # batch norm can't train on a single item
+    learn.add_cb(Full(most+1, 'after_loss', errors['cuda']))
+    learn.dls = learn.dls.with_bs(most)
+    stats = quick(learn)
+    assert stats.fits.to_dict()=={most: True, 8: False}
+    learn.dls = learn.dls.with_bs(64)
+    stats,fits = quick(learn),max(o for o in (1,2,4) if o <= most)
+    assert stats.fits.to_dict()=={fits: True, 2*fits: False}
+    assert learn.recorder.profile.end==f'{2*fits} did not fit: out of memory'
 
 def test_out_of_memory_before_the_first_step(learn):
     "Saving the learner's state takes memory, too"
@@ -160,7 +174,7 @@ def test_machine_memory_is_left_alone(learn):
     "Where a size could take more than what is free, it is not even tried"
     class Memory(profile._Memory):
         def __init__(self, device): super().__init__(device); self.room = 1000*2**20
-        def stop(self): super().stop(); self.peak = 100*2**20*getattr(self, 'n', 1); self.n = 2*getattr(self, 'n', 1)
+        def stop(self): super().stop(); self.peak = 100*2**20*learn.dls.train.bs/8
     with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn)
     assert stats.memory.tolist()==[100,200,400,800] and stats.fits.all()
     assert learn.recorder.profile.end=='128 could take more than the 1,000 MB of memory that are free, so it was not tried'
@@ -170,8 +184,8 @@ def test_margin(learn):
     class Memory(profile._Memory):
         def stop(self): super().stop(); self.peak = .95*self.room
     with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn, margin=.1)
-    assert stats.fits.tolist()==[False] and stats.step_time.notna().all()
-    assert learn.recorder.profile.end=='8 ran, but left less than 10% of the memory free'
+    assert stats.fits.to_dict()=={1: False} and stats.step_time.notna().all()
+    assert learn.recorder.profile.end=='1 ran, but left less than 10% of the memory free'
     with mock_patch.object(profile, '_Memory', Memory): assert quick(learn, margin=.01, max_bs=8).fits.tolist()==[True]
 
 @pytest.mark.slow
@@ -235,13 +249,27 @@ def test_an_old_profile_is_forgotten(learn):
     learn.bs_find(1e-2, num_it=40, show_plot=False, suggest_funcs=BSSuggestion.Critical)
     assert learn.recorder.profile.largest_fit is None
 
-def test_a_failing_profile_does_not_lose_the_search(learn):
-    "An error at a batch size that the user never asked for"
+@pytest.mark.parametrize('works', [lambda bs: bs==64, lambda bs: bs!=8, lambda bs: bs<=64], ids=['64','not 8','up to 64'])
+def test_sizes_that_fail(learn, works):
+    "Any error at a batch size that the user never asked for: the loader's own is timed, and the search has its answers"
     class Fixed(Callback):
         def before_batch(self):
-            if len(self.yb[0])==8: raise RuntimeError('shape [64, 64] is invalid')
+            if not works(len(self.yb[0])): raise RuntimeError('shape [64, 64] is invalid')
     learn.add_cb(Fixed())
-    with pytest.warns(UserWarning, match='(?s)no batch size could be timed.*shape .64, 64. is invalid'):
+    stats = quick(learn)
+    assert [bs for bs,ok in stats.fits.items() if ok]==[2**i for i in range(3,11) if works(2**i)]
+    if not works(1024): assert re.search('^128 failed: RuntimeError: .*shape .64, 64. is invalid$', learn.recorder.profile.end)
+    sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
+    assert works(sugg.fastest) and sugg.critical
+
+def test_the_error_of_a_plain_training(learn):
+    "If the loader's own size fails, and no other one has worked, it is the user's, and a search is not lost by it"
+    class Broken(Callback):
+        def before_batch(self):
+            if hasattr(self.dl, 'on_wait'): raise RuntimeError('mine') # only in a profile
+    learn.add_cb(Broken())
+    with pytest.raises(RuntimeError, match='mine'): quick(learn)
+    with pytest.warns(UserWarning, match='(?s)no batch size could be timed.*mine'):
         sugg = learn.bs_find(1e-2, num_it=40, show_plot=False)
     assert sugg.fastest is None and sugg.critical
 
@@ -296,7 +324,7 @@ def test_device_is_the_one_it_will_train_on(learn):
 
 def test_batches_that_workers_have_ready_do_not_count():
     "Their queue is used up before the clock starts"
-    watch = profile._Stopwatch(torch.device('cpu'), workers=4)
+    watch = profile._Stopwatch(torch.device('cpu'), math.inf, workers=4)
     assert watch.left >= 2+2*4
 
 def test_exported_learner_has_no_profile(learn, tmp_path):
