@@ -25,7 +25,7 @@ from .callbacks import accumulates, takes_part
 from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
-from .state import check_learner, check_target, preserve, trainable
+from .state import check_learner, check_loss, check_target, preserve, trainable
 from .loaders import CountedBatches, batch_size, check_loader, items_of, n_items
 from .profile import Profile, out_of_memory, profile_key
 from .lr import as_lr, is_adaptive, top_lr
@@ -81,12 +81,22 @@ def before_fit(self:BSFinder):
     dl,bn = self.learn.dls.train,nn.modules.batchnorm._BatchNorm
     self.running,self.sums = RunningNoiseScale(self.running.beta),PairSums()
     self.loss_facts = LossFacts(self.learn.loss_func, self.reduction) # MixUp puts its own in place of it later
-    self.n_seen,self.n_looks,self.broke,self.lrs,self.trained_by = 0,0,False,None,None
+    self.n_seen,self.n_looks,self.n_models,self.broke,self.lrs,self.trained_by = 0,0,0,False,None,None
+    self.went_back = False
     self.search = Search(adaptive=is_adaptive(self.opt), batch_norm=any(isinstance(m, bn) for m in self.model.modules()))
     self._note_sizes(batch_size(dl), n_items(dl))
     est = get_estimator(self.method, self.model, len(dl), batch_size(dl), n_batch=self.n_batch, k=self.k)
     self.cuts = est.name=='split'
     self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
+
+# %% ../nbs/11_finder.ipynb #73a6950d
+@patch
+def _note_first(self:BSFinder, n):
+    "The first batch has `n` items, which a loader of ready-made batches didn't know"
+    if self.search.bs is None: self._note_sizes(n, None)
+    elif self.search.bs==1 and n > 1:
+        self.known.pop('train_bs', None)
+        self._note_sizes(n, None)
 
 @patch
 def _note_sizes(self:BSFinder, bs, n):
@@ -115,12 +125,18 @@ def _n(self:BSFinder):
 def before_batch(self:BSFinder):
     "Where batches can't be cut after all, go on with the estimator that does without"
     est = self.estimator
-    if not (est.refused and est.otherwise): return
+    if not (est.refused and est.otherwise): return est.begin()
     if not est.first: raise CancelBatchException() # the other parts of the batch that was refused
     warn(f"Batches are not cut into parts, so the search goes on with method={est.otherwise.name!r}: {est.refused}")
     params = est.params
     est.stop()
     self._start(est.otherwise, params)
+
+@patch
+def after_pred(self:BSFinder):
+    "Look at the model with the first two batches"
+    if self.n_models < 2 and not self.estimator.refused: self.estimator.check_model(self.learn.xb, self._n())
+    self.n_models += 1
 
 # %% ../nbs/11_finder.ipynb #baaf9fd1
 @patch
@@ -131,22 +147,38 @@ def after_loss(self:BSFinder):
     if self.estimator.refused and self.estimator.otherwise: raise CancelBatchException()
     self.sums.add_loss(self.learn.loss)
     weight = self.estimator.weight(self._n(), self.loss_facts.is_sum)
-    if weight != 1: self.learn.loss_grad = self.learn.loss_grad * weight
+    if weight != 1 or not self.went_back: self.learn.loss_grad = self.learn.loss_grad * weight
+    if not self.went_back and self.learn.loss_grad.requires_grad: self.learn.loss_grad.register_hook(self._seen)
+
+@patch
+def _seen(self:BSFinder, grad):
+    "The backward pass has started from the loss that was multiplied with the weight"
+    self.went_back = True
 
 @patch
 def _look(self:BSFinder):
     "What the first batches tell about the loss"
     learn,est = self.learn,self.estimator
     if not self.loss_facts.seen:
-        if self.search.bs is None: self._note_sizes(self.loaders[1].n, None)
-        self.loss_facts.look(learn.pred, learn.yb)
+        self._note_first(self.loaders[1].n)
+        self.loss_facts.look(getattr(learn, 'pred', None), learn.yb, self._n())
         self.search.n_tokens,self.trained_by = self.loss_facts.n_tokens,(learn.loss_func,learn.opt)
-    if self.n_looks < est.n_looks: est.check(learn.loss_func, learn.pred, learn.yb, self._n())
+    if self.n_looks < est.n_looks: est.check(learn.loss_func, getattr(learn, 'pred', None), learn.yb, self._n())
     self.n_looks += 1
+    if self.loss_facts.guessed and self._n()!=(est.bs_first or self._n()):
+        self.loss_facts.guessed = False
+        warn("The batches differ in size, and it can't be told whether the loss is the mean or the sum over a batch. "
+             "It is taken to be the mean; if it isn't, pass reduction='sum', and if it is, reduction='mean'")
     if self.trained_by and (learn.loss_func,learn.opt)!=self.trained_by:
         self.trained_by = None
         warn("The loss function or the optimizer was exchanged during the training, as where two are trained in turns. "
              "What is measured is a mixture, and no batch size follows from it")
+
+# %% ../nbs/11_finder.ipynb #baaf9fd3
+@patch
+def after_cancel_batch(self:BSFinder):
+    "What the optimizer was to step with, and somebody held back, would be added to the next window"
+    if self.estimator.step_now: self.opt.zero_grad()
 
 @patch
 def after_cancel_backward(self:BSFinder):
@@ -157,6 +189,9 @@ def after_cancel_backward(self:BSFinder):
 def before_step(self:BSFinder):
     "Take the gradients' lengths, and hold the optimizer back until the estimator lets it step"
     est = self.estimator
+    if not self.went_back:
+        self.went_back = True # or somewhere else: never mind where
+        est.unweighted()
     est.add(self._n(), self.learn.xb, self.learn.yb)
     if est.pair:
         scaler = getattr(self.learn, 'scaler', None)
@@ -257,6 +292,8 @@ class EndSearch(Callback):
         self.n = 0 # measurements so far
         if self.finder not in self.learn.cbs: raise ValueError(
             "EndSearch looks at a BSFinder in the same fit: pass both, as `cbs=[finder, EndSearch(finder, num_it)]`")
+
+    def before_batch(self): check_loss(self.learn)
 
     def sure(self)->bool:
         "Is the interval of the last measurement narrow enough?"
@@ -370,6 +407,8 @@ def _warn_of_result(rec, finder):
 def _why_nothing(learn, finder):
     "What may have kept a search from measuring"
     if finder.search.window or finder.broke: return ''
+    own = getattr(learn._do_one_batch, '__func__', None) is not Learner._do_one_batch
+    if own and not finder.n_looks: return ": the learner's own `_do_one_batch` doesn't call fastai's events, as `after_loss`"
     names = ', '.join(type(o).__name__ for o in learn.cbs if takes_part(o) and not type(o).__module__.startswith('fastai.'))
     why = ': other callbacks cancelled every batch' + (f', perhaps one of these: {names}' if names else '')
     if finder.estimator.name!='split': return why

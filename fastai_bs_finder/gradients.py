@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['estimators', 'sq_norm', 'Pair', 'Measurement', 'PairSums', 'check_counts', 'Estimator', 'AccumulateEstimator',
-           'is_additive', 'SplitEstimator', 'PerExampleEstimator', 'SequentialEstimator', 'auto_method', 'check_method',
-           'get_estimator']
+           'is_additive', 'is_separable', 'SplitEstimator', 'PerExampleEstimator', 'SequentialEstimator', 'auto_method',
+           'check_method', 'get_estimator']
 
 # %% ../nbs/06_gradients.ipynb #75ffd576
 import inspect, math
@@ -14,10 +14,11 @@ from typing import NamedTuple
 from warnings import warn
 import torch
 from torch import nn, Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.func import functional_call, grad, vmap
 from fastcore.basics import patch
 from .stats import is_whole, noise_and_scale
-from .state import saved_random_state
+from .state import Saved, saved_random_state
 from .loaders import MicroBatches, items_of, part, tensors
 from .losses import n_tokens
 
@@ -106,7 +107,7 @@ class Estimator:
         n_batch:int=5 # Batches in a window, at least 2
     ):
         check_counts(n_batch=n_batch)
-        self.n_window,self.params,self.model = n_batch,[],None
+        self.n_window,self.params,self.model,self.weighted = n_batch,[],None,True
         self._new_window()
 
     def _new_window(self):
@@ -166,6 +167,23 @@ def check(self:Estimator,
 ):
     "Refuse what can't be measured with an error, and warn of what may be wrong"
 
+# %% ../nbs/06_gradients.ipynb #20a040a7
+@patch
+def check_model(self:Estimator,
+    xb:tuple, # Inputs of one of the first batches
+    n:int # Items in it
+):
+    "Refuse a model that can't be measured with an error, or warn"
+
+@patch
+def begin(self:Estimator):
+    "Called before each batch"
+
+@patch
+def unweighted(self:Estimator):
+    "Called when it turns out that the backward pass did not start from the loss that was multiplied with `weight`"
+    self.weighted = False
+
 @patch
 def batches(self:Estimator,
     dl # Loader of the training batches
@@ -183,6 +201,7 @@ def weight(self:Estimator,
     self.w = 1/bs if is_sum else 1.
     return self.w if self.weighted else 1.
 
+# %% ../nbs/06_gradients.ipynb #a8d0cc4a
 @patch
 def add(self:Estimator,
     bs:int, # Examples in the batch that just went backward, in this process
@@ -214,15 +233,21 @@ def divided(self:Estimator):
 # %% ../nbs/06_gradients.ipynb #f5e3c7ae
 class AccumulateEstimator(Estimator):
     "Hold the weights for `n_batch` batches, then step with their mean gradient (arXiv 1812.06162, appendix A.1, on one device)"
-    name,hooks,norms,sums = 'accumulate',(),(),None
+    name,hooks,norms,sums = 'accumulate',{},(),None
     def start(self, params, model=None, loss_func=None, weighted=True):
         super().start(params, model, loss_func, weighted)
-        self.norms,self.once,self.sums,self.by_hand = [],set(),None,not weighted
-        self.hooks = [p.register_hook(partial(self.seen, i)) for i,p in enumerate(self.params)]
+        self.norms,self.once,self.sums,self.by_hand,self.hooks = [],set(),None,not weighted,{}
+        self.checked = False
+        self._watch()
+
+    def _watch(self):
+        for i,p in enumerate(self.params): # those of a lazy layer have a shape only after the first forward pass
+            if i in self.hooks or isinstance(p, UninitializedTensorMixin): continue
+            self.hooks[i] = p.register_hook(partial(self.seen, i))
 
     def stop(self):
-        for h in self.hooks: h.remove()
-        self.hooks = ()
+        for h in self.hooks.values(): h.remove()
+        self.hooks = {}
         self._drop_window()
         super().stop()
 
@@ -244,16 +269,23 @@ class AccumulateEstimator(Estimator):
         self.norms,self.once,self.sums = [],set(),None
 
     def weight(self, bs, is_sum=False):
+        if len(self.hooks) < len(self.params): self._watch()
         if self.norms: # of a batch that was cancelled between `backward` and `add`
             self._drop_window()
             self._new_window()
         self.w = 1. if self.n >= self.n_window else bs/(self.bs_first or bs)
         if is_sum: self.w /= bs
-        if not self.by_hand: return self.w
-        for p in self.params: p.grad = None
-        return 1.
+        return 1. if self.by_hand else self.w
 
 # %% ../nbs/06_gradients.ipynb #39bd8267
+@patch
+def begin(self:AccumulateEstimator):
+    if self.by_hand:
+        for p in self.params: p.grad = None
+
+@patch
+def unweighted(self:AccumulateEstimator): self.weighted,self.by_hand = False,True
+
 @patch
 def add(self:AccumulateEstimator, bs, xb=(), yb=(), bs_all=None):
     if self.norms or self.by_hand: return Estimator.add(self, bs, xb, yb, bs_all)
@@ -263,6 +295,7 @@ def add(self:AccumulateEstimator, bs, xb=(), yb=(), bs_all=None):
 
 @patch
 def add_small(self:AccumulateEstimator, bs, xb, yb):
+    if self.norms and self.n==1 and not self.checked: self._check()
     if self.by_hand and self.norms: # that is noticed just now: the hooks' lengths are of no use, the sums so far are right
         self.spoiled,self.sums = True,{p: p.grad.clone() for p in self.params if p.grad is not None}
     else: # the loss, or the gradient, was multiplied with `w`
@@ -270,6 +303,14 @@ def add_small(self:AccumulateEstimator, bs, xb, yb):
         self.small = self.small + sq * bs / (bs/self.bs_first)**2
     self.norms.clear(), self.once.clear()
     self.step_now,self.step_size = self.n==self.n_window, self.size_all/self.n
+
+# %% ../nbs/06_gradients.ipynb #39bd8269
+@patch
+def _check(self:AccumulateEstimator):
+    "Is what the hooks saw what has become of the gradients? Other hooks may come after ours"
+    self.checked = True
+    seen,there = torch.stack([_sum_sq(self.norms), sq_norm(self.grads())]).tolist()
+    if math.isfinite(seen+there) and not math.isclose(seen, there, rel_tol=.02): self.by_hand = True
 
 @patch
 def _by_hand(self:AccumulateEstimator):
@@ -305,6 +346,34 @@ def is_additive(
     except Exception: return True
     mean = (a*(n//2)+b*(n-n//2))/n
     return any(math.isclose(whole, o, rel_tol=.01, abs_tol=1e-6) for o in (mean, a+b)) or not math.isfinite(whole)
+
+# %% ../nbs/06_gradients.ipynb #1668938c
+_not_separable = "the model's predictions for a part of a batch are not those that it makes for the whole"
+
+def _evaluated(model, xb):
+    "Predictions in evaluation mode; the model is as before"
+    saved = Saved()
+    saved.seen |= {id(p) for p in model.parameters()} # which this doesn't change
+    saved.add(model)
+    try: return model.eval()(*xb)
+    finally: saved.restore()
+
+def is_separable(
+    model:nn.Module, # Any model
+    xb:tuple, # Inputs of a batch
+    n:int # Items in it
+)->bool: # True also where that can't be tried
+    "Are the predictions for a part of a batch those that the whole gives for it?"
+    i = n//2
+    try:
+        with torch.no_grad(), saved_random_state(): whole = part(_evaluated(model, xb), i, n, n)
+        of_part = part(tuple(xb), i, n, n)
+    except Exception: return True
+    try:
+        with torch.no_grad(), saved_random_state(): alone = _evaluated(model, of_part)
+    except Exception: return False # what takes a batch and not its half
+    pairs = [(a.float(),b.float()) for a,b in zip(tensors(whole), tensors(alone)) if a.is_floating_point()]
+    return all(a.shape==b.shape and torch.allclose(a, b, rtol=.02, atol=.02*float(a.abs().max())) for a,b in pairs)
 
 # %% ../nbs/06_gradients.ipynb #1668938a
 class SplitEstimator(AccumulateEstimator):
@@ -346,14 +415,23 @@ class SplitEstimator(AccumulateEstimator):
             "This language model carries its hidden state from batch to batch, and 'split' hands it from one part of a batch "
             "to the next, which continues other texts. Use method='accumulate'")
         if is_additive(loss_func, pred, yb, n): return
-        error = ("the loss of a batch is not the mean of the losses of its parts, as where it is the mean over those targets "
-                 "that are known, or over tokens that are not padding")
-        if self.otherwise: self.loader.refused = ValueError(error)
-        else: warn(f"{error}, so 'split' measures another noise. Use method='accumulate'")
+        self._refuse("the loss of a batch is not the mean of the losses of its parts, as where it is the mean over those targets "
+                     "that are known, or over tokens that are not padding")
 
     def add_small(self, bs, xb, yb):
         super().add_small(bs, xb, yb)
         self.step_size = self.size_all # normal training takes the whole batch for this step
+
+# %% ../nbs/06_gradients.ipynb #c1fd17f0
+@patch
+def check_model(self:SplitEstimator, xb, n):
+    if not is_separable(self.model, xb, n): self._refuse(_not_separable)
+
+@patch
+def _refuse(self:SplitEstimator, why):
+    "Go on without cutting, where that was not asked for; otherwise warn"
+    if self.otherwise: self.loader.refused = ValueError(why)
+    else: warn(f"{why}, so 'split' measures another noise. Use method='accumulate'")
 
 # %% ../nbs/06_gradients.ipynb #c1fd17fe
 _batch_norms = nn.modules.batchnorm._BatchNorm
@@ -369,11 +447,13 @@ class PerExampleEstimator(Estimator):
         super().__init__()
         self.n_floats,self.n_window = n_floats,1
 
+    def unweighted(self): raise ValueError(
+        "per_example computes the gradients of the loss function, and this learner's backward pass may start from another "
+        "loss. Use method='accumulate'")
+
     def start(self, params, model=None, loss_func=None, weighted=True):
         super().start(params, model, loss_func, weighted)
-        if not weighted: raise ValueError(
-            "per_example computes the gradients of the loss function, and this learner's backward pass may start from another "
-            "loss. Use method='accumulate'")
+        if not weighted: self.unweighted()
         norms = [k for k,m in model.named_modules() if isinstance(m, _batch_norms)]
         if norms: raise ValueError(
             "per_example needs examples that don't depend on each other, but batch norm ties those of a batch together, "
@@ -404,6 +484,11 @@ class PerExampleEstimator(Estimator):
         if self.size > 1: self.pair = Pair(self.small, sq_norm(self.grads()), 1, self.size_all)
 
 # %% ../nbs/06_gradients.ipynb #3ba159d3
+@patch
+def check_model(self:PerExampleEstimator, xb, n):
+    if not is_separable(self.model, xb, n): raise ValueError(
+        f"{_not_separable}, so its gradient has no single examples. Use method='accumulate'")
+
 @patch
 def check(self:PerExampleEstimator, loss_func, pred, yb, n=None):
     n = items_of(yb, n)

@@ -7,10 +7,14 @@ __all__ = ['reduction', 'n_tokens']
 
 # %% ../nbs/05_losses.ipynb #cd54329f
 import math
+from functools import partial
+from types import FunctionType
 from warnings import warn
 import torch
 from torch import Tensor
 from fastai.torch_core import apply
+from .callbacks import is_installed
+from .loaders import items_of, twice
 from .state import saved_random_state
 
 # %% ../nbs/05_losses.ipynb #c7939e84
@@ -20,24 +24,41 @@ def _said(loss_func):
         res = o.get('reduction') if isinstance(o, dict) else getattr(o, 'reduction', None)
         if res in ('mean','sum','batchmean'): return 'sum' if res=='sum' else 'mean'
 
-def _twice(o): return apply(lambda t: torch.cat([t,t]) if isinstance(t, Tensor) and t.ndim else t, o)
+def _reliable(loss_func):
+    "Is it a library's loss, or a function that somebody has marked?"
+    f = loss_func.func if isinstance(loss_func, partial) else loss_func
+    if not isinstance(f, FunctionType): return is_installed(type(f).__module__)
+    return f is loss_func or is_installed(f.__module__)
+
+def _pull(loss_func, pred, yb):
+    "The squared length of the gradient by the predictions"
+    leaves = []
+    def leaf(t):
+        if not t.is_floating_point(): return t
+        leaves.append(t.detach().as_subclass(Tensor).clone().requires_grad_())
+        return leaves[-1]
+    loss = loss_func(apply(leaf, pred), *yb)
+    return sum(g.float().square().sum() for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None)
 
 def reduction(
     loss_func:callable, # The loss function
     pred:Tensor, # Predictions of a batch, or a tuple of them
-    yb:tuple # Its targets
-)->str: # 'mean' or 'sum'
-    "How a loss puts the examples of a batch together: what it says, or how its value changes when a batch is duplicated"
-    if said := _said(loss_func): return said
+    yb:tuple, # Its targets
+    n:int=None # Items in it; None: as many as its tensors have rows
+)->str: # 'mean' or 'sum'; None if it can't be tried and doesn't say
+    "How a loss puts the examples of a batch together: how its gradient changes when a batch is duplicated, or else what it says"
+    if (said := _said(loss_func)) and _reliable(loss_func): return said
     try:
-        with torch.no_grad(), saved_random_state():
-            once,twice = (float(loss_func(p, *y)) for p,y in ((pred,yb), (_twice(pred),_twice(tuple(yb)))))
-    except Exception: return 'mean'
-    ratio = twice/once if once else 1.
-    if 1.1 < ratio < 1.9: warn(
-        f"duplicating a batch multiplies its loss by {ratio:.2f}, which fits neither a mean (1) nor a sum (2) over its examples, "
-        "so the noise scale may be wrong. If the loss has parts, let all of them be means")
-    return 'sum' if ratio > 1.5 else 'mean'
+        n = items_of((pred,yb), n)
+        with torch.enable_grad(), saved_random_state():
+            once,doubled = (_pull(loss_func, p, y) for p,y in ((pred,yb), (twice(pred, n),twice(tuple(yb), n))))
+        times = float(2*doubled/once) # 1 for a mean, 4 for a sum
+    except Exception: return said
+    if not math.isfinite(times): return said
+    if 1.2 < times < 3.6: warn(
+        f"duplicating a batch multiplies the gradient of its loss by {times**.5:.2f}, which fits neither a mean (1) nor a sum "
+        "(2) over its examples, so the noise scale may be wrong. If the loss has parts, let all of them be means")
+    return 'sum' if times > 2.25 else 'mean'
 
 # %% ../nbs/05_losses.ipynb #92c29591
 def n_tokens(
@@ -45,7 +66,7 @@ def n_tokens(
     yb:tuple # Its targets
 )->int: # None where an item has one prediction
     "How many tokens a sequence has where each of them is predicted, as in a language model"
-    y = yb[0]
+    y = yb[0] if len(yb) else None # a learner's own way to a loss may do without
     if not (isinstance(pred, Tensor) and isinstance(y, Tensor)): return
     if pred.ndim==3 and y.ndim==2 and pred.shape[:2]==y.shape and not y.is_floating_point(): return y.shape[1]
 
@@ -57,14 +78,16 @@ class LossFacts:
         how:str=None # 'mean' or 'sum', if the user says it; None: find out
     ):
         self.loss_func,self.how,self.n_tokens,self.first,self.last = loss_func,how,None,None,None
-        self.seen = False
+        self.seen,self.guessed = False,False
 
     def look(self,
         pred:Tensor, # Predictions of the first batch
-        yb:tuple # Its targets
+        yb:tuple, # Its targets
+        n:int=None # Items in it
     ):
-        "Find out from one batch what kind of loss it is"
-        self.how,self.n_tokens,self.seen = self.how or reduction(self.loss_func, pred, yb), n_tokens(pred, yb), True
+        "Find out from one batch what kind of loss it is; `guessed` says that it didn't tell"
+        self.how,self.n_tokens,self.seen = self.how or reduction(self.loss_func, pred, yb, n), n_tokens(pred, yb), True
+        self.guessed = self.how is None
 
     @property
     def is_sum(self):

@@ -13,6 +13,7 @@ from functools import partial
 from warnings import warn
 import numpy as np, torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 from .stats import is_number
 from .state import saved_random_state
 
@@ -28,6 +29,8 @@ def lr_factor(
     return (linear if noise_scale==math.inf else linear*(bs_from+noise_scale)/(bs_to+noise_scale))**power
 
 # %% ../nbs/09_lr.ipynb #62b23cc0
+_rate = 1e-3
+
 def _optimizers(opt):
     "An optimizer and those that it wraps"
     todo,res = [opt],[]
@@ -45,24 +48,30 @@ def _params_of(o):
 def _twin(opt):
     "A copy of an optimizer with a small weight in place of one of its parameters, nothing in place of the others, and no state"
     params = list({id(p): p for o in _optimizers(opt) for p in _params_of(o)}.values())
-    matrices = [p for p in params if p.ndim > 1] or params
+    ndims = [2 if isinstance(p, UninitializedTensorMixin) else p.ndim for p in params] # of lazy layers: unknown
+    matrices = [p for p,n in zip(params, ndims) if n > 1] or params
     weight,memo = None,{}
-    for p in params:
-        shape = (4,)*min(p.ndim, 2) + (1,)*(p.ndim-2) if p is matrices[0] else (0,)
+    for p,n in zip(params, ndims):
+        shape = (4,)*min(n, 2) + (1,)*(n-2) if p is matrices[0] else (0,)
         memo[id(p)] = nn.Parameter(torch.zeros(shape))
         if p is matrices[0]: weight = memo[id(p)]
     for o in _optimizers(opt): # what they know of the gradients so far is left behind
         state = getattr(o, 'state', None)
         if isinstance(state, dict): memo[id(state)] = type(state)(dict) if isinstance(state, defaultdict) else type(state)()
-    res = deepcopy(opt, memo)
-    for o in _optimizers(res): vars(res).pop('step', None) # a scheduler may have put in a function that steps the original
+    for o in _optimizers(opt): memo[id(o)] = type(o).__new__(type(o)) # PyTorch's forget their own attributes when copied
+    for o in _optimizers(opt): vars(memo[id(o)]).update(deepcopy(vars(o), memo))
+    res = memo[id(opt)]
+    for o in _optimizers(res):
+        vars(o).pop('step', None) # a scheduler may have put in a function that steps the original
+        for g in (*vars(o).get('param_groups', ()), *vars(o).get('hypers', ())):
+            if 'lr' in g: g['lr'] = _rate # the learner's may be too small for anything to move
     return res,weight
 
 def _made(make):
     "A new optimizer, for the first shape that it takes"
     for shape in ((4,4), (16,), (4,4,3,3)):
         weight = nn.Parameter(torch.zeros(shape))
-        try: return make([weight], lr=1e-3),weight
+        try: return make([weight], lr=_rate),weight
         except Exception as e: error = e
     raise error
 

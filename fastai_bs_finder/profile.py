@@ -22,7 +22,7 @@ from fastai.learner import Learner, Recorder
 from fastprogress.fastprogress import progress_bar
 from .stats import fit_step_time, is_number, is_whole
 from .callbacks import takes_part
-from .state import check_learner, check_target, preserve
+from .state import check_learner, check_loss, check_target, preserve
 from .loaders import EndlessBatches, check_loader, n_items
 from .recorder import BSRecorder, log2_axis
 
@@ -131,6 +131,7 @@ class _Stopwatch(Callback):
         self.idle += 1
         if self.idle > _max_idle or time.perf_counter() > self.until: raise CancelTrainException()
 
+    def before_batch(self): check_loss(self.learn)
     def after_loss(self): check_target(self.learn)
     def before_step(self): self.stepped = True
     def after_cancel_step(self): self.stepped = False # `after_step` comes all the same
@@ -208,7 +209,8 @@ def out_of_memory(
 )->bool:
     "Does an error say that memory is used up?"
     if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)): return True
-    return isinstance(e, RuntimeError) and any(o.lower() in str(e).lower() for o in _says_out_of_memory)
+    if isinstance(e, RuntimeError) and any(o.lower() in str(e).lower() for o in _says_out_of_memory): return True
+    return isinstance(e, IndexError) and isinstance(e.__context__, MemoryError) # fastai's words for one that says nothing
 
 def _give_back(device):
     "Let go of the memory that the attempts have left behind"
@@ -265,6 +267,7 @@ class _Profiler:
     def __init__(self, learn, end, limit, margin):
         self.learn,self.end,self.limit,self.margin = learn,end,limit,margin
         self.train,self.device,self.tried,self.failed = learn.dls.train,_device(learn),[],{} # `failed`: sentences by size
+        self.error,self.asked = None,False # the first error, while nothing has worked; did the user choose the sizes?
         self.until,self.workers = time.perf_counter()+limit,getattr(self.train.fake_l, 'num_workers', 0)
 
     def take(self, bs, memory=None):
@@ -325,7 +328,9 @@ def attempt(self:_Profiler, f, bs):
     except _NoSteps as e: self.failed[bs] = str(e)
     except Exception as e:
         self.tried,full = [o for o in self.tried if o.bs!=bs],out_of_memory(e)
-        if not full and not any(o.fits for o in self.tried): raise
+        if not full and not any(o.fits for o in self.tried):
+            if not self.asked: raise # the learner's own size doesn't work
+            self.error = self.error or e
         what = 'did not fit: out of memory' if full else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
         self.failed[bs] = f"{bs:,} {what}"
         self.tried.append(_Attempt(bs))
@@ -336,6 +341,7 @@ def attempt(self:_Profiler, f, bs):
 def too_large(self:_Profiler):
     "The smallest size that failed above all that fit (a smaller one may fail where a larger one works); None if there is none"
     most = max((o.bs for o in self.tried if o.fits), default=0)
+    if not most and self.error is not None: return # it may be too small
     return min((o for o in self.failed if o > most), default=None)
 
 # %% ../nbs/08_profile.ipynb #9b1a030d
@@ -372,11 +378,13 @@ def run(self:_Profiler,
     down:bool=True # If none of them fits, try smaller ones?
 ):
     "Try all of it, as a mock training that leaves no trace"
-    end,self.memory = None,_Memory(self.device)
+    end,self.memory,self.asked = None,_Memory(self.device),not down
     try:
         with preserve(self.learn), self.learn.no_logging():
             self.memory = _Memory(self.device) # what `preserve` has saved is no part of a step
             end = self.first_round(sizes)
+            if self.error is not None and not any(o.fits for o in self.tried): raise self.error
+            self.error = None
             if down: self.downwards(min((o.bs for o in self.tried), default=1))
             for o in [o for o in self.tried if o.fits]*(rounds-1):
                 if self.attempt(partial(self.again, o), o.bs): continue

@@ -69,6 +69,7 @@ def weights(learn): return {k: v.clone() for k,v in learn.model.state_dict().ite
 
 def same(a, b):
     "Equal to the last bit, in tensors, dictionaries and lists as deep as you like"
+    if isinstance(a, Tensor) and a.is_sparse: a,b = a.to_dense(),b.to_dense()
     if isinstance(a, Tensor): return a.dtype==b.dtype and torch.equal(a, b)
     if isinstance(a, dict): return list(a)==list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list,tuple,L)): return len(a)==len(b) and all(map(same, a, b))

@@ -1,16 +1,22 @@
 "Callbacks and optimizers beside a search: they change no measurement, and work on afterwards."
+import sys, sysconfig, types
 from copy import deepcopy
 from functools import partial
 
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import Adam, Lamb, RMSProp, SGD
-from helpers import disk
+from fastai.vision.gan import basic_critic, basic_generator, GANLearner
+from torch import tensor
+from fastai_bs_finder.all import BSFinder
+from fastai_bs_finder.callbacks import takes_part
+from helpers import digits, disk
 from measuring import (
-    assert_close, assert_same, drowned_is_fine, each_method, exact, Grads, learner, measure, stats, torch_opt)
+    assert_close, assert_far, assert_same, drowned_is_fine, each_method, exact, Grads, learner, measure, stats, torch_opt)
 
 pytestmark = drowned_is_fine
 
@@ -116,3 +122,169 @@ def test_real_logging_services(tmp_path, method):
     assert not (tmp_path/'runs').exists()
     with learn.no_logging(): learn.fit(1, 1e-12)
     assert list((tmp_path/'runs').iterdir())
+
+# --- a learner that accumulates gradients already
+
+def accumulating(n_acc=32, bs=8, **kwargs): return learner(bs=bs, cbs=GradientAccumulation(n_acc), **kwargs)
+
+def test_accumulated_batch_is_the_current_one():
+    "The optimizer steps with 32 items, and the learning rate is meant for that"
+    learn = accumulating()
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    table = learn.recorder.bs_table()
+    now = table.loc[32]
+    assert learn.recorder.train_bs==32 and now.steps==now.examples==1 and np.isclose(now.lr, 1e-3)
+    assert not np.isclose(table.lr[8], 1e-3)
+
+@pytest.mark.parametrize('row', [4,8,16,32,64])
+def test_how_trains_with_as_many_items_as_its_row_says(row):
+    learn = accumulating()
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    exec(learn.recorder.bs_table().how[row], globals(), dict(learn=learn))
+    seen = []
+    class Count(Callback):
+        order,n,run_valid = 1000,0,False
+        def after_loss(self): self.n += len(self.yb[0])
+        def before_step(self): seen.append(self.n)
+    with learn.no_logging(): learn.fit(2, 1e-3, cbs=Count())
+    assert np.diff(seen).tolist()==[row]*(len(seen)-1) and len(seen)==256//row
+
+# --- callbacks that do what a search has no answer to
+
+def test_a_rate_that_a_callback_sets():
+    "What was asked for is not what the optimizer used: it is said, and the table starts from what was"
+    class Warmup(Callback):
+        def before_batch(self): self.opt.set_hyper('lr', .01*(1+self.train_iter))
+    learn = learner(cbs=Warmup())
+    with pytest.warns(UserWarning, match='A callback changed the learning rate: asked for was 0.001, used were 0.05 to 0.4'):
+        learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    assert np.isclose(learn.recorder.bs_table().lr[8], .4)
+
+def test_a_gan_is_refused():
+    gen = basic_generator(8, 1, in_sz=4, n_features=8)
+    crit = basic_critic(8, 1, n_features=8)
+    dls = learner().dls
+    gan = GANLearner.wgan(dls, gen, crit)
+    for f in (lambda: gan.bs_find(1e-3, num_it=40, show_plot=False),):
+        with pytest.raises(ValueError, match='a GAN trains two models in turns'): f()
+
+def test_losses_that_take_turns():
+    class Turns(Callback):
+        def before_batch(self): self.learn.loss_func = losses[self.train_iter%2]
+    losses = [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat()]
+    with pytest.warns(UserWarning, match='no batch size follows from it'):
+        learner(cbs=Turns()).bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+
+def test_accumulation_of_another_package():
+    "It is named, and not confused with our method of that name"
+    class MyGradientAccumulator(Callback):
+        def before_step(self): pass
+    learn = learner(cbs=MyGradientAccumulator())
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    with pytest.raises(ValueError, match='MyGradientAccumulator and BSFinder both decide when the optimizer steps'):
+        learn.fit(1, 1e-3, cbs=BSFinder())
+
+# --- validation, targets and gradients that come from elsewhere
+
+@pytest.mark.parametrize('order', [-100, 0, 60, 1000])
+def test_pairs_around_the_validation(order):
+    "Averaged weights are swapped in before it and out after it: either both or neither"
+    events = []
+    class Averages(Callback):
+        def before_train(self): self.model.train() # takes part
+        def after_step(self): self.learn.pct_train = self.pct_train
+        def before_validate(self): events.append('before')
+        def after_validate(self): events.append('after')
+    cb = Averages()
+    cb.order = order
+    got = stats(learner(cbs=cb), num_it=64)
+    assert_same(stats(learner(), num_it=64), got)
+    learner(cbs=cb).bs_profile(show_plot=False, max_bs=16)
+    assert events[::2]==['before']*len(events[::2]) and events[1::2]==['after']*len(events[::2])
+
+@pytest.mark.parametrize('order', [-60, 0, 20, 60, 100])
+def test_a_target_that_a_callback_sets(order):
+    "Self-supervised learning: the batches have none of their own"
+    class Target(Callback):
+        def before_batch(self): self.learn.yb = (self.xb[0][:,0].argmax(-1)[:,0]*0+self.xb[0].sum((1,2,3)).long()%10,)
+    cb = Target()
+    cb.order = order
+    items = [(x,) for x,_ in digits()[:128]]
+    learn = learner(items=items, cbs=cb)
+    with_target = [(x, tensor(int(x.sum())%10)) for x, in items]
+    assert_same(stats(learner(items=with_target)), stats(learn))
+    assert len(learn.bs_profile(show_plot=False, max_bs=16))==2
+
+def test_no_target_at_all():
+    learn = learner(items=[(x,) for x,_ in digits()[:128]], loss=lambda pred, *yb: pred.mean())
+    for f in (lambda: learn.bs_find(1e-3, num_it=40, show_plot=False), lambda: learn.bs_profile()):
+        with pytest.raises(ValueError, match='have no target'): f()
+
+def test_without_gradients():
+    "Under `no_grad`, as where a callback of a validation calls, they are computed all the same; inference mode is refused"
+    want = stats(learner())
+    with torch.no_grad():
+        assert_same(want, stats(learner()))
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        for f in (lambda o: o.bs_find(1e-3, num_it=40), lambda o: o.bs_profile()):
+            with pytest.raises(RuntimeError, match="inference mode: call this outside of `torch.inference_mode"): f(learner())
+
+# --- which callbacks take part
+
+class Reports(Callback):
+    "A tracker from a package of its own: rates in `before_batch`, losses in `after_batch`"
+    def __init__(self, log): self.log = log
+    def before_fit(self): self.log.append(self.opt.hypers[-1]['lr'])
+    def before_batch(self): self.log.append((len(self.yb[0]), self.opt.hypers[-1]['lr']))
+    def after_batch(self): self.log.append(self.loss.item())
+    def after_fit(self): self.log.append('end')
+
+class Doubles(Callback):
+    def before_batch(self): self.learn.xb = tuple(2*o for o in self.xb)
+
+@pytest.fixture
+def from_a_package(monkeypatch):
+    "Make a class look as if it came from an installed package"
+    def _f(cls):
+        module = types.ModuleType('some_tracker')
+        module.__file__ = sysconfig.get_path('purelib')+'/some_tracker/__init__.py'
+        monkeypatch.setitem(sys.modules, 'some_tracker', module)
+        monkeypatch.setattr(cls, '__module__', 'some_tracker')
+        return cls
+    return _f
+
+def test_a_tracker_of_another_package_writes_nothing(from_a_package):
+    run = []
+    learn = learner(cbs=from_a_package(Reports)(run))
+    got = stats(learn)
+    learn.bs_profile(show_plot=False, max_bs=16)
+    assert run==[]
+    assert_same(stats(learner()), got)
+    with learn.no_logging(): learn.fit(1, 1e-12)
+    assert len(run)==2+2*16+2*2
+
+def test_what_changes_the_training_takes_part(from_a_package):
+    "From wherever it comes"
+    cls = from_a_package(Doubles)
+    assert takes_part(cls()) and not takes_part(from_a_package(Reports)([]))
+    assert_far(measure(learner(cbs=cls())), measure(learner()))
+
+@pytest.mark.parametrize('said', [True,False])
+def test_a_callback_can_say_so_itself(said):
+    class Mine(Doubles): run_mock = said
+    assert takes_part(Mine())==said
+
+def test_a_mock_training_is_marked():
+    "Many callbacks stand down where the learner has `lr_finder`"
+    seen = []
+    class Polite(Callback):
+        def before_batch(self):
+            seen.append(hasattr(self.learn, 'lr_finder'))
+            self.learn.xb = self.xb
+    learn = learner(cbs=Polite())
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None), learn.bs_profile(show_plot=False, max_bs=16)
+    assert all(seen) and not hasattr(learn, 'lr_finder')
+    seen.clear()
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert not any(seen)

@@ -137,6 +137,7 @@ def test_interrupt(tmp_path):
     "Ctrl-C ends it with one line"
     code = """import threading,os,signal
 from fastai_bs_finder import demo
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell may start what runs in the background without
 threading.Timer(2, os.kill, (os.getpid(),signal.SIGINT)).start()
 demo.main(['--num_it','1000000'])"""
     p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)

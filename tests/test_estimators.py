@@ -1,19 +1,23 @@
 "What each estimator makes of a training, which one is chosen, and what a new one takes."
-import pickle, warnings
+import math, pickle, warnings
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, SGD
+from fastai.torch_core import set_seed
 from torch import nn, Tensor, tensor
 from torch.nn import functional as F
 from fastai_bs_finder.all import BSFinder
 from fastai_bs_finder.gradients import Estimator, estimators, get_estimator, sq_norm
 from fastai_bs_finder.stats import noise_and_scale
-from helpers import limited, plain_learner, search
-from measuring import Grads
+from helpers import limited, plain_learner, same, search, weights
+from measuring import by_batches, Grads
 
 # --- the optimizer's steps
 
@@ -162,7 +166,7 @@ def test_auto_cuts_batches_where_windows_exceed_the_data():
     "128 items in batches of 32: a window of 10 batches would hold each of them more than twice"
     def sizes(learn):
         seen = []
-        learn.model.register_forward_pre_hook(lambda m,x: seen.append(len(x[0])))
+        learn.model.register_forward_pre_hook(lambda m,x: seen.append(len(x[0])) if m.training else None)
         search(learn)
         return set(seen)
     assert sizes(plain_learner(32, n=128))=={8} and sizes(plain_learner(32))=={32}
@@ -227,3 +231,75 @@ def test_options_go_to_those_that_have_them():
     def created(name, **kwargs): return get_estimator(name, nn.Linear(2,2), 100, 64, **kwargs)
     assert created('split', n_batch=7, k=3).k==3 and created('accumulate', n_batch=7, k=3).n_window==7
     assert created('per_example', n_batch=7, k=3, n_floats=10).n_floats==10
+
+# --- models and losses that need whole batches, on data so small that 'auto' would cut them
+
+class FixedState(nn.Module):
+    "A hidden state for batches of 64"
+    def __init__(self): super().__init__(); self.lin,self.h = nn.Linear(64,10),torch.zeros(64,10)
+    def forward(self, x): return self.lin(x.flatten(1)) + self.h
+
+class KeptState(nn.Module):
+    "A hidden state that goes from batch to batch, without a `reset`"
+    def __init__(self): super().__init__(); self.lin,self.h = nn.Linear(64,10),None
+    def forward(self, x):
+        self.h = self.lin(x.flatten(1)) + (0 if self.h is None else .1*self.h)
+        h,self.h = self.h,self.h.detach()
+        return h
+
+def fixed_loss(pred, y): return (F.cross_entropy(pred, y, reduction='none').view(64)*torch.linspace(.5, 1.5, 64)).mean()
+
+whole_only = dict(state=(FixedState, None), kept=(KeptState, None), loss=(None, fixed_loss))
+
+@pytest.mark.parametrize('nm', whole_only)
+def test_auto_falls_back_to_whole_batches(nm):
+    "It measures all the same, and says so"
+    def make():
+        set_seed(0)
+        model,loss = whole_only[nm]
+        learn = plain_learner(n=256, model=model and model(), loss=loss)
+        learn.dls.train.shuffle = True
+        return learn
+    learn = make()
+    before = weights(learn)
+    with pytest.warns(UserWarning, match="failed on a part of a batch .* anew with method='accumulate'|goes on with method='acc"):
+        learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    whole = make()
+    with pytest.warns(UserWarning): whole.bs_find(1e-3, num_it=40, method='accumulate', show_plot=False, suggest_funcs=None)
+    assert same(before, weights(learn))
+    if nm=='kept': # which shows in the second part of a batch only
+        assert np.allclose(learn.recorder.noise[-1], whole.recorder.noise[-1], rtol=.3)
+        with pytest.warns(UserWarning, match="are not those that it makes for the whole.*'split' measures another noise"):
+            return make().bs_find(1e-3, num_it=40, method='split', show_plot=False, suggest_funcs=None)
+    assert same(learn.recorder.noise, whole.recorder.noise)
+    with pytest.raises(RuntimeError, match="needs whole ones, use method='accumulate'"):
+        make().bs_find(1e-3, num_it=40, method='split', show_plot=False)
+
+def of_known(pred, y):
+    "The mean over those targets that are known"
+    known = ~y.isnan()
+    return ((pred-y.nan_to_num())[known]**2).mean()
+
+def masked(known):
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(256,8)), dtype=torch.float32)
+    y = x @ torch.tensor(rng.normal(size=(8,4)), dtype=torch.float32) + 1
+    y[torch.tensor(rng.random((256,4)) > known)] = math.nan
+    ds = list(zip(x, y))
+    dls = DataLoaders.from_dsets(ds, ds[:32], bs=32, shuffle=True, drop_last=True, num_workers=0, device='cpu')
+    return Learner(dls, nn.Linear(8,4), of_known, opt_func=SGD).remove_cb(ProgressCallback)
+
+@pytest.mark.parametrize('known', [.1,.3])
+def test_losses_over_what_is_known(known):
+    "A part of a batch has another number of known targets, or none: what whole batches give, and no advice about the rate"
+    set_seed(0)
+    learn = masked(known)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn.bs_find(1e-12, num_it=400, n_batch=5, beta=1, show_plot=False, suggest_funcs=None)
+    assert any("method='accumulate'" in str(o.message) and 'mean of the losses of its parts' in str(o.message) for o in said)
+    assert not any('learning rate' in str(o.message) for o in said)
+    want = by_batches(learn, 60)
+    assert abs(learn.recorder.noise_scale[-1]/(want[0]/want[1])-1) < .25
+    with pytest.warns(UserWarning, match="mean of the losses of its parts|some items have no target"):
+        learn.bs_find(1e-12, method='split', num_it=40, show_plot=False, suggest_funcs=None)

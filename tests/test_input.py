@@ -257,3 +257,30 @@ def test_result(learn):
 def test_measure_only(learn, funcs):
     "No suggestion, but the measurements"
     assert search(learn, suggest_funcs=funcs) is None and len(learn.recorder.noise)==3 and learn.opt is None
+
+@pytest.mark.parametrize('kwargs,match', [
+    (dict(bs='32'), "bs must be a whole number, got '32'"), (dict(bs=2.5), 'bs must be a whole number'),
+    (dict(num_it='40'), "num_it must be a whole number, got '40'"), (dict(wd='x'), "wd must be a number, at least 0, got 'x'"),
+    (dict(n_batch=None), 'n_batch must be a whole number, got None'), (dict(tol='a'), "tol must be between 0 and 1, got 'a'"),
+    (dict(beta=None), 'beta'), (dict(k='4', method='split'), "k must be a whole number, got '4'")], ids=str)
+def test_none_and_strings_for_numbers(learn, kwargs, match): refused(learn, match, lr=1e-2, **kwargs)
+
+@pytest.mark.parametrize('answer', [math.nan, -8, 0, 'sixty-four', None, math.inf, [64], 2.5, np.int64(64), tensor(64)], ids=str)
+def test_whatever_a_suggestion_function_says(learn, answer):
+    "The result survives the picture"
+    def mine(rec): return answer
+    res = search(learn, suggest_funcs=(BSSuggestion.Critical, mine), show_plot=True)
+    assert res.mine is answer and res.critical
+    learn.recorder.plot_bs_tradeoff((BSSuggestion.Critical, mine)), str(learn.recorder.bs_table((mine,)))
+
+def test_a_search_that_runs_out_of_memory(learn):
+    "What does not fit is said with what to do about it"
+    class Full(Callback):
+        def before_batch(self):
+            if len(self.yb[0]) > 16: raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+    learn.add_cb(Full())
+    before = weights(learn)
+    words = r'(?s)a batch of 64 does not fit .*`learn.bs_find\(bs=...\)`.*`learn.bs_profile\(\)` says which sizes fit'
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=words): search(learn)
+    assert same(before, weights(learn))
+    assert search(learn, bs=16) is not None

@@ -1,5 +1,6 @@
 "`with_bs` for every kind of loader that fastai makes: the same items in the same order, other batches."
 import random
+from types import MethodType
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.data import PartialDL, WeightedDL
@@ -160,3 +161,55 @@ def test_small_validation_set():
     assert [o.bs for o in dls.with_bs(1024).loaders]==[1024,360] and len(dls.with_bs(1024).valid)==1
     dls.valid.drop_last = False
     assert dls.with_bs(1024).valid.bs==1024
+
+# --- loaders of other classes: what they were built with stays, or they say why it can't
+
+class Sampled(TfmdDL):
+    "Draws items by weights, an argument that `new` doesn't know"
+    def __init__(self, dataset=None, bs=64, weights=None, **kwargs):
+        super().__init__(dataset, bs=bs, **kwargs)
+        self.weights = None if weights is None else np.array(weights)
+    def get_idxs(self):
+        if self.weights is None: return list(range(self.n))
+        return np.random.choice(self.n, self.n, p=self.weights/self.weights.sum()).tolist()
+
+class Grouped(TfmdDL):
+    "Makes a plan from its batch size and its groups"
+    def __init__(self, dataset=None, bs=64, groups=1, **kwargs):
+        super().__init__(dataset, bs=bs, **kwargs)
+        self.plan = [bs//groups]*groups
+
+def rare(dl): return float(np.mean([i%10==0 for _ in range(5) for i in dl.get_idxs()]))
+
+def sampled(**kwargs):
+    ws = np.where(np.arange(500)%10==0, 9., 1.)
+    return DataLoaders(Sampled(digits()[:500], bs=16, weights=ws, shuffle=True, **kwargs), TfmdDL(digits()[500:600], bs=16))
+
+def test_weights_of_a_subclass_are_kept():
+    "The rare class, a tenth of the items, makes up half of each epoch"
+    set_seed(0)
+    dls = sampled()
+    assert abs(rare(dls.train)-.5) < .05 and abs(rare(dls.with_bs(32).train)-.5) < .05
+
+def test_a_method_put_on_a_loader_is_kept():
+    "Also one that belongs to the loader: the copy's goes to the copy"
+    dls = sampled()
+    dl = dls.train
+    dl.mine = MethodType(lambda self: self.bs, dl)
+    dl.tag = 'mine'
+    res = dls.with_bs(32).train
+    assert res.mine()==32 and dl.mine()==16 and res.tag=='mine'
+
+def test_what_depends_on_both_is_refused():
+    "A plan that its class made from batch size and groups can be neither copied nor made anew"
+    dl = Grouped(digits()[:100], bs=16, groups=4)
+    words = 'Grouped has plan, which depends on the batch size .* build your loaders'
+    with pytest.raises(ValueError, match=words): dl.with_bs(32)
+    assert Grouped(digits()[:100], bs=16).with_bs(32).plan==[32]
+
+@pytest.mark.parametrize('call', [lambda o: o.bs_find(1e-3, bs=32, num_it=40, show_plot=False), lambda o: o.bs_profile(bss=[32])],
+                         ids=['bs_find','bs_profile'])
+def test_search_and_profile_copy_in_the_same_way(call):
+    learn = make_learner()
+    learn.dls = DataLoaders(Grouped(digits()[:100], bs=16, groups=4), Grouped(digits()[:100], bs=16), device='cpu')
+    with pytest.raises(ValueError, match='Grouped has plan'): call(learn)

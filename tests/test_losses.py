@@ -96,7 +96,7 @@ def test_mixed_examples_with_a_sum(mix, method):
 def test_loss_of_a_mean_and_a_sum():
     "Neither the one nor the other: said, and measured as what it is nearer to"
     learn = plain_learner(loss=lambda p,y: F.cross_entropy(p, y) + .01*F.cross_entropy(p, y, reduction='sum'))
-    with pytest.warns(UserWarning, match='duplicating a batch multiplies its loss by 1.39'): search(learn)
+    with pytest.warns(UserWarning, match='duplicating a batch multiplies the gradient of its loss by 1.39'): search(learn)
 
 def test_sum_of_single_losses():
     "A loss that says 'none' of a part of itself and adds up: what it does counts, not what it says"

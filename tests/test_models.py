@@ -25,6 +25,7 @@ from fastai.vision.augment import aug_transforms
 from fastai.vision.data import ImageBlock, MaskBlock
 from fastai.vision.learner import unet_learner, vision_learner
 from torch import nn, tensor
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torch.amp import autocast, GradScaler
 from torch.nn import functional as F
@@ -376,3 +377,47 @@ def test_vision_learner_frozen(tmp_path, method):
     norms = {f'{nm}.{o}' for nm in norms for o in ('weight','bias')}
     assert len(norms)==40 and seen==norms | {nm for nm,_ in learn.model[1].named_parameters(prefix='1')}
     assert all(p.grad is None for p in learn.model.parameters())
+
+# --- several backward passes through a parameter in one batch
+
+class TwoPasses(Learner):
+    "An auxiliary loss with a backward pass of its own"
+    def _backward(self):
+        self.loss_grad.backward(retain_graph=True)
+        (.5*self.pred.square().mean()).backward()
+
+class Checkpointed(nn.Module):
+    "A block that is used twice, and computed again on the way back"
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first,self.block,self.last,self.reentrant = nn.Linear(64,16),nn.Linear(16,16),biased(nn.Linear(16,10)),reentrant
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        for _ in range(2): x = checkpoint(lambda o: self.block(o).tanh(), x, use_reentrant=self.reentrant)
+        return self.last(x)
+
+def with_auxiliary(): return learner(loss=lambda p, y: F.cross_entropy(p, y) + .5*p.square().mean())
+
+def two_passes():
+    learn = learner()
+    learn.__class__ = TwoPasses
+    return learn
+
+@pytest.mark.parametrize('method', ['accumulate','split','sequential'])
+def test_two_backward_passes(method):
+    "The noise of the whole gradient, which is that of the sum of both losses"
+    if method=='sequential': return assert_same(stats(with_auxiliary(), method), stats(two_passes(), method), 1e-3)
+    assert_close(measure(two_passes(), method), exact(with_auxiliary()))
+
+def test_per_example_and_a_backward_pass_of_ones_own():
+    with pytest.raises(ValueError, match="may start from another loss. Use method='accumulate'"):
+        two_passes().bs_find(1e-12, method='per_example', show_plot=False)
+
+@pytest.mark.parametrize('reentrant', [True,False])
+@each_method
+def test_shared_block_under_checkpointing(reentrant, method):
+    "A block that is used twice has several backward passes of its own; the window in which that is noticed does not count"
+    learn = learner(partial(Checkpointed, reentrant))
+    learn.bs_find(1e-12, method=method, num_it=640, n_batch=8, beta=1, show_plot=False, suggest_funcs=None)
+    assert len(learn.recorder.noise) >= 79
+    assert_close((learn.recorder.noise[-1],learn.recorder.scale[-1]), exact(learner(partial(Checkpointed, False))))

@@ -1,6 +1,6 @@
 "Whatever happens in `bs_find`, the learner, the random states and the disk are afterwards as they were before."
-import math, operator, os, random, subprocess, sys, tempfile
-from collections import deque
+import gc, math, operator, os, random, signal, subprocess, sys, tempfile, threading
+from collections import Counter, deque
 from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -26,9 +26,9 @@ from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn, Tensor, tensor
-from fastai_bs_finder.all import BSFinder
+from fastai_bs_finder.all import BSFinder, preserve
 from fastai_bs_finder.recorder import BSRecorder
-from helpers import disk, limited, make_learner, same, search
+from helpers import disk, limited, make_learner, same, search, weights
 
 class Same:
     "Equal to itself only; keeps the object alive, so that its id is not given away"
@@ -601,3 +601,244 @@ def test_shared_hook_with_an_activation(learn):
     n,last,notes = hook.n,hook.last,dict(learn.model[-1].notes)
     learn.bs_find(1e-3, num_it=40, show_plot=False)
     assert hook.n==n and hook.last is last and learn.model[-1].notes==notes
+
+# --- state that hangs on the learner in other ways
+
+def search_and_profile(learn):
+    search(learn)
+    learn.bs_profile(show_plot=False, max_bs=16)
+
+class Augment(ItemTransform):
+    "Generators of its own"
+    def __init__(self): self.np,self.py,self.torch = np.random.default_rng(0),random.Random(0),torch.Generator().manual_seed(0)
+    def encodes(self, o): return o[0] + .1*(self.np.random()+self.py.random()+torch.rand((), generator=self.torch)), o[1]
+
+def test_generators_of_transforms_stay():
+    "The next training draws what it would have drawn"
+    def make():
+        learn = fresh()
+        learn.dls.train.after_item.add(Augment())
+        return learn
+    assert_no_trace(make)
+
+class Drawing:
+    "A data set that draws by itself"
+    def __init__(self, items): self.items,self.rng = items,np.random.default_rng(0)
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i][0]+float(self.rng.normal()),self.items[i][1]
+
+def test_generators_of_datasets_stay():
+    def make():
+        learn = fresh()
+        ds = Drawing(learn.dls.train.dataset[:128])
+        learn.dls = DataLoaders.from_dsets(ds, ds, bs=16, num_workers=0, shuffle=True, device='cpu', path=learn.path)
+        return learn
+    assert_no_trace(make)
+
+class Drifting:
+    "A loss with state that is no module: a weight that it moves, a count, and a module inside"
+    def __init__(self): self.crit,self.n,self.weight = nn.CrossEntropyLoss(),0,torch.ones(10)
+    def __call__(self, pred, y):
+        self.n += 1
+        self.weight = .99*self.weight+.02*pred.detach().softmax(-1).mean(0)
+        return self.crit(pred*self.weight, y)
+
+class DriftingModule(nn.Module):
+    def __init__(self): super().__init__(); self.register_buffer('queue', torch.zeros(10))
+    def forward(self, pred, y):
+        self.queue.mul_(.9).add_(pred.detach().mean(0))
+        return nn.functional.cross_entropy(pred-.1*self.queue, y)
+
+class Owner:
+    def __init__(self): self.inner = DriftingModule()
+    def loss(self, pred, y): return self.inner(pred, y)
+
+def closure():
+    inner = DriftingModule()
+    return lambda pred, y: inner(pred, y)
+
+stateful_losses = dict(
+    object=Drifting, module=DriftingModule, method=lambda: Owner().loss, partial=lambda: partial(DriftingModule()),
+    closure=closure)
+
+@pytest.mark.parametrize('nm', stateful_losses)
+def test_state_of_losses_stays(nm):
+    "However the loss holds it"
+    def make():
+        learn = fresh()
+        learn.loss_func = stateful_losses[nm]()
+        return learn
+    assert_no_trace(make)
+
+class Extra(Learner):
+    "A second optimizer, averaged weights, and things that its steps append to"
+    def create_opt(self):
+        super().create_opt()
+        self.head_opts = [torch.optim.Adam(self.model[-1].parameters(), 1e-3)]
+        self.averaged = torch.optim.swa_utils.AveragedModel(self.model)
+        self.norms,self.counts,self.last,self.history = [],Counter(),{},deque(maxlen=5)
+    def _step(self):
+        super()._step()
+        self.head_opts[0].step()
+        self.averaged.update_parameters(self.model)
+        self.norms.append(float(self.model[-1].weight.norm()))
+        self.counts['steps'] += 1
+        self.last['loss'] = self.loss.item()
+        self.history.append(self.counts['steps'])
+
+@pytest.mark.parametrize('first', ['search','fit'])
+def test_a_learner_with_state_of_its_own(first):
+    def make():
+        learn = fresh()
+        learn.__class__ = Extra
+        if first=='fit':
+            with learn.no_logging(): learn.fit(1, 1e-2)
+        return learn
+    def facts(learn): return [learn.head_opts[0].state_dict(), learn.averaged.state_dict(), learn.norms, dict(learn.counts),
+                              learn.last, list(learn.history)]
+    def run(both):
+        learn = make()
+        both(learn)
+        return train(learn) | dict(facts=facts(learn))
+    assert_same(run(noop), run(search_and_profile))
+
+class Tracks(Callback):
+    "Hooks and attributes that a callback leaves on the model"
+    def before_fit(self):
+        self.handle = next(self.model.parameters()).register_hook(lambda g: g*1.)
+        self.model.tag = 'trained'
+    def before_batch(self): self.learn.xb = self.xb
+
+def test_hooks_on_parameters_and_attributes_stay():
+    learn = fresh(cbs=Tracks())
+    search(learn), learn.bs_profile(show_plot=False, max_bs=16)
+    assert not next(learn.model.parameters())._backward_hooks and not hasattr(learn.model, 'tag')
+
+class Words(nn.Module):
+    def __init__(self): super().__init__(); self.emb,self.lin = nn.Embedding(17, 4, sparse=True),nn.Linear(4, 10)
+    def forward(self, x): return self.lin(self.emb((16*x).round().long().clamp(0, 16)).mean((1,2,3)))
+
+@pytest.mark.parametrize('reduction', ['mean','sum'])
+@pytest.mark.parametrize('opt', [torch.optim.Adagrad, torch.optim.SGD])
+def test_sparse_gradients_that_a_fit_left(opt, reduction):
+    "They are put back, and so is the optimizer's state"
+    def make():
+        learn = fresh()
+        learn.model,learn.opt_func = Words(),partial(OptimWrapper, opt=opt)
+        learn.loss_func = nn.CrossEntropyLoss(reduction=reduction)
+        with learn.no_logging(): learn.fit(1, 1e-3)
+        x,y = learn.dls.train.one_batch()
+        learn.loss_func(learn.model(x), y).backward() # a leftover
+        return learn
+    def run(both):
+        learn = make()
+        both(learn)
+        grad = learn.model.emb.weight.grad
+        assert grad.is_sparse
+        with learn.no_logging(): learn.fit(1, 1e-3)
+        return dict(grad=grad, weights=weights(learn), opt=learn.opt.state_dict())
+    assert_same(run(noop), run(search_and_profile))
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss'])
+@pytest.mark.parametrize('half', ['to_fp16','to_bf16'])
+def test_autocast_is_not_nested(half, event):
+    "An interrupt between where mixed precision begins and ends"
+    learn = getattr(fresh(), half)()
+    class Stop(Callback):
+        order = 1000
+    setattr(Stop, event, raising(5, stop))
+    learn.add_cb(Stop())
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    with pytest.raises(stop): search(learn)
+    assert not torch.is_autocast_enabled('cpu') and torch.autocast_increment_nesting()==depth
+    torch.autocast_decrement_nesting()
+
+def raising(n, exc):
+    count = iter(range(10**9))
+    def f(self):
+        self.learn.xb = self.xb # takes part
+        if next(count)==n: raise exc()
+    return f
+
+def test_nothing_is_patched_meanwhile():
+    "Two searches at a time in two threads, while a third watches what everybody shares"
+    shared = lambda: (Tensor.__deepcopy__, nn.Parameter.__deepcopy__, nn.Module.__setattr__, signal.getsignal(signal.SIGINT))
+    before,seen,done = shared(),[],threading.Event()
+    def watch():
+        while not done.wait(.001): seen.append(shared())
+    learners = [fresh(), fresh()]
+    threads = [threading.Thread(target=search, args=(o,)) for o in learners]
+    watcher = threading.Thread(target=watch)
+    for t in (watcher,*threads): t.start()
+    for t in threads: t.join()
+    done.set(), watcher.join()
+    assert seen and set(seen)=={before}
+    assert all(o.recorder.noise for o in learners)
+
+def test_search_inside_a_fit_that_is_watched():
+    "The outer fit measures what it would have measured"
+    class Inside(Callback):
+        def after_batch(self):
+            if self.train_iter==20 and self.on: search(self.learn)
+    def run(on):
+        learn = fresh()
+        cb,finder = Inside(),BSFinder()
+        cb.on = on
+        with learn.no_logging(): learn.fit(2, 1e-2, cbs=[cb,finder])
+        return finder.search.noise,finder.search.n_iter,weights(learn)
+    assert same(run(False), run(True))
+
+def test_search_while_the_recorder_is_taken_away():
+    learn = fresh()
+    rec = learn.recorder
+    with learn.removed_cbs([rec]): search(learn)
+    assert len(learn._grab_cbs(Recorder))==1 and learn.cbs[-1] is rec or rec in learn.cbs
+    assert learn.recorder is rec
+
+def test_lazy_layers_before_their_first_batch():
+    def make():
+        learn = fresh()
+        learn.model = nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))
+        return learn
+    learn = make()
+    search(learn), learn.bs_profile(show_plot=False, max_bs=16)
+    assert isinstance(learn.model[1], nn.LazyLinear) and isinstance(learn.model[1].weight, nn.parameter.UninitializedParameter)
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.model[1].weight.shape==(16,64)
+
+class Pair:
+    "A collection of loaders that has no more than these two"
+    def __init__(self, train, valid): self.train,self.valid = train,valid
+    def __getitem__(self, i): return (self.train,self.valid)[i]
+
+def test_collection_with_only_train_and_valid():
+    learn = fresh()
+    learn.dls = Pair(learn.dls.train, learn.dls.valid)
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    search(learn)
+    assert len(learn.bs_profile(show_plot=False, max_bs=16)) >= 1
+
+@pytest.mark.parametrize('where', ['dataset','dls','callback'])
+def test_data_are_shared_and_not_copied(where):
+    "64 MB of somebody's data take neither memory nor a place in the profile"
+    learn,data = fresh(),torch.zeros(2**24)
+    if where=='callback': learn.add_cb(Holds(data))
+    elif where=='dls': learn.dls.train.cache = data
+    else:
+        learn.dls = DataLoaders.from_dsets(Drawing(learn.dls.train.dataset[:64]), bs=16, num_workers=0, device='cpu')
+        learn.dls.train.dataset.cache = data
+    with preserve(learn):
+        if where!='callback': assert largest_copy() < 2**20
+    assert data.data_ptr()==data.data_ptr() and not data.any()
+
+class Holds(Callback):
+    def __init__(self, data): self.data = data
+
+def largest_copy():
+    "Bytes of the largest tensor that a running `preserve` holds a copy of"
+    sizes = [0]
+    for f in gc.get_objects():
+        if isinstance(f, FunctionType) and f.__qualname__=='_save_tensor.<locals>.restore':
+            sizes += [c.cell_contents.nbytes for c in f.__closure__ if isinstance(c.cell_contents, Tensor)]
+    return max(sizes)

@@ -5,8 +5,10 @@ from unittest.mock import patch as mock_patch
 
 import pytest, torch
 from fastai.basics import Pipeline, Transform
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.callback.core import (
+    Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException)
 from fastai.callback.data import PartialDL
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper, SGD
@@ -333,3 +335,92 @@ def test_exported_learner_has_no_profile(learn, tmp_path):
     import pickle
     assert type(pickle.loads(pickle.dumps(learn.recorder))).__name__=='Recorder'
     assert b'profile' not in pickle.dumps(learn.recorder)
+
+@pytest.mark.parametrize('message', [
+    'CUDA error: invalid configuration argument', 'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":838',
+    'nonzero is not supported for tensors with more than INT_MAX elements',
+    'Unable to find a valid cuDNN algorithm to run convolution', 'std::bad_alloc'])
+def test_errors_that_do_not_say_out_of_memory(learn, message):
+    "The rows so far are kept, and the reason is told"
+    learn.add_cb(Full(256, 'after_pred', RuntimeError(message)))
+    stats = quick(learn)
+    assert stats.fits.to_dict()=={8: True, 16: True, 32: True, 64: True, 128: True, 256: False}
+    end = learn.recorder.profile.end
+    assert end.startswith('256 ') and (message[:20] in end or 'out of memory' in end)
+    assert learn.bs_find(1e-2, num_it=40, show_plot=False).fastest <= 128
+
+def test_last_batch_of_one(tmp_path):
+    "Batch norm can't train on it: 257 items leave one over at 8, 16 ... 256, and the sizes are timed from their whole batches"
+    learn = make_learner(tmp_path)
+    learn.dls = DataLoaders.from_dsets(digits()[:257], digits()[:64], bs=60, num_workers=0, shuffle=True, device='cpu')
+    stats = quick(learn)
+    assert stats.fits.all() and list(stats.index)==[8,16,32,60,64,128,256]
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.bs_find(1e-2, num_it=40, show_plot=False).critical
+    learn.bs_find(1e-2, bs=64, num_it=40, show_plot=False, suggest_funcs=None)
+    assert learn.recorder.search.n_iter[-1]==40
+
+def test_the_loaders_own_size_is_among_the_rows(learn):
+    "Where it works, whatever else does"
+    learn.dls = learn.dls.with_bs(50)
+    learn.add_cb(Full(51, 'after_loss', RuntimeError('too many')))
+    assert quick(learn).fits.to_dict()=={8: True, 16: True, 32: True, 50: True, 64: False}
+
+@pytest.mark.parametrize('change,match', [
+    (lambda o: setattr(o, 'loss_func', None), 'the learner has no loss function'),
+    (lambda o: o.model.requires_grad_(False), 'no trainable parameter'),
+    (lambda o: setattr(o, 'model', nn.Flatten()), 'no trainable parameter'),
+    (lambda o: setattr(o.dls.train, 'n', 0), 'the training set is empty')], ids=['loss','frozen','no parameter','empty'])
+def test_messages_are_those_of_a_search(learn, change, match):
+    change(learn)
+    for f in (lambda: quick(learn), lambda: learn.bs_find(1e-2, show_plot=False)):
+        with pytest.raises(ValueError, match=match): f()
+
+def test_only_a_training_loader(learn):
+    learn.dls = DataLoaders(learn.dls.train)
+    assert list(quick(learn, max_bs=32).index)==[8,16,32] and learn.bs_find(1e-2, num_it=40, show_plot=False) is not None
+
+@pytest.mark.parametrize('event', ['before_train','before_fit','before_epoch'])
+@pytest.mark.parametrize('exc', [CancelFitException, CancelTrainException, CancelEpochException])
+def test_callbacks_that_cancel_at_once(learn, event, exc):
+    "It ends, with a reason"
+    class Cancel(Callback):
+        def before_batch(self): self.learn.xb = self.xb
+    setattr(Cancel, event, lambda self: (_ for _ in ()).throw(exc()))
+    learn.add_cb(Cancel())
+    start = time.perf_counter()
+    try: stats = quick(learn, limit=2.)
+    except exc: return # fastai doesn't catch it there either
+    assert time.perf_counter()-start < 10 and not stats.fits.any() and 'could not be timed' in learn.recorder.profile.end
+
+def test_limit_holds_for_the_first_size(learn):
+    "And for a loader that takes its time"
+    class Slow(Callback):
+        def before_batch(self): time.sleep(.2); self.learn.xb = self.xb
+    learn.add_cb(Slow())
+    start = time.perf_counter()
+    stats = quick(learn, limit=1.)
+    assert time.perf_counter()-start < 3 and len(stats)==1 and stats.fits.all()
+
+def test_callbacks_may_allocate_by_the_number_of_epochs(learn):
+    class PerEpoch(Callback):
+        def before_fit(self): self.all = torch.zeros(self.n_epoch, 10)
+        def before_batch(self): self.learn.xb = self.xb
+    learn.add_cb(PerEpoch())
+    assert quick(learn, max_bs=16).fits.all()
+
+def test_callbacks_clean_up_after_each_size(learn):
+    "A size that ends by cancelling lets them"
+    events = []
+    class Clean(Callback):
+        def before_fit(self): events.append('+')
+        def before_batch(self): self.learn.xb = self.xb
+        def after_fit(self): events.append('-')
+    learn.add_cb(Clean())
+    quick(learn, max_bs=16)
+    assert events and ''.join(events)=='+-'*(len(events)//2)
+
+def test_rows_stay_after_an_interrupt(learn):
+    learn.add_cb(Full(128, 'after_loss', KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): quick(learn)
+    assert list(learn.recorder.bs_profile_stats.index)==[8,16,32,64]
