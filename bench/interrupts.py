@@ -37,24 +37,31 @@ def send(wait, gap):
     time.sleep(gap), os.kill(os.getpid(), signal.SIGINT)
     time.sleep(.05) # until it has come
 
+def search(learn): learn.bs_find(1e-4, num_it=300, show_plot=False, suggest_funcs=None)
+
+def handler(signum, frame):
+    "As Python's own, but only inside of `search`: that would also end this program, between two of its lines"
+    while frame is not None:
+        if frame.f_code is search.__code__: raise KeyboardInterrupt
+        frame = frame.f_back
+
 def interrupted(learn, wait, gap):
-    "Search until the signals come; where the first one was, by the deepest function of ours"
-    thread,where = threading.Thread(target=send, args=(wait, gap)),[]
-    while True:
-        try:
-            if thread.ident is None: thread.start()
-            if not where: learn.bs_find(1e-4, num_it=100_000, show_plot=False, suggest_funcs=None)
-            thread.join()
-            return where[0] if where else 'none'
-        except KeyboardInterrupt as e: # the second one may come when this one is being looked at
-            if where: continue
-            tb,names = e.__traceback__,[]
-            while tb: names,tb = names+[tb.tb_frame.f_code.co_name],tb.tb_next
-            where = ['saving' if '__enter__' in names else 'restoring' if '__exit__' in names else 'training']
+    "Search until the signals come; what was going on when they came through"
+    thread = threading.Thread(target=send, args=(wait, gap))
+    names = []
+    try:
+        thread.start()
+        search(learn)
+    except KeyboardInterrupt as e:
+        tb = e.__traceback__
+        while tb: names,tb = [*names, tb.tb_frame.f_code.co_name],tb.tb_next
+    thread.join()
+    return 'saving' if '__enter__' in names else 'restoring' if '__exit__' in names else 'training' if names else 'none'
 
 if __name__=='__main__':
     args = parser(__doc__, n=200).parse_args()
     learn,rng,rows = big_learner(),random.Random(0),{}
+    signal.signal(signal.SIGINT, handler)
     print(f'{sum(p.numel() for p in learn.model.parameters()):,} parameters')
     before = facts(learn)
     for _ in range(args.n):
