@@ -25,7 +25,7 @@ from .callbacks import accumulates, takes_part
 from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
-from .state import check_learner, check_loss, check_target, preserve, trainable
+from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
 from .loaders import CountedBatches, batch_size, check_loader, items_of, n_items
 from .profile import Profile, out_of_memory, profile_key
 from .lr import as_lr, is_adaptive, top_lr
@@ -52,9 +52,8 @@ class BSFinder(Callback):
 
     def _start(self, est, params):
         _check_own_gradients(self.learn, est)
-        self.estimator,own = est,[getattr(self.learn, o) for o in ('_backward','_do_one_batch')]
-        weighted = all(getattr(o, '__func__', None) is getattr(Learner, o.__name__) for o in own) # not the user's own
-        est.start(params, self.model, self.loss_func, weighted)
+        self.estimator = est
+        est.start(params, self.model, self.loss_func, not any(has_own(self.learn, o) for o in ('_backward','_do_one_batch')))
 
     def after_fit(self):
         "Leave nothing behind, least of all an unfinished window in the gradients: the next fit would add to it"
@@ -407,8 +406,8 @@ def _warn_of_result(rec, finder):
 def _why_nothing(learn, finder):
     "What may have kept a search from measuring"
     if finder.search.window or finder.broke: return ''
-    own = getattr(learn._do_one_batch, '__func__', None) is not Learner._do_one_batch
-    if own and not finder.n_looks: return ": the learner's own `_do_one_batch` doesn't call fastai's events, as `after_loss`"
+    if has_own(learn) and not finder.n_looks: return (
+        ": the learner's own `_do_one_batch` doesn't call fastai's events, as `after_loss`")
     names = ', '.join(type(o).__name__ for o in learn.cbs if takes_part(o) and not type(o).__module__.startswith('fastai.'))
     why = ': other callbacks cancelled every batch' + (f', perhaps one of these: {names}' if names else '')
     if finder.estimator.name!='split': return why

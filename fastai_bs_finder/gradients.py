@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from fastcore.basics import patch
 from .stats import is_whole, noise_and_scale
 from .state import Saved, saved_random_state
-from .loaders import MicroBatches, items_of, part, tensors
+from .loaders import MicroBatches, first_dims, items_of, part, tensors
 from .losses import n_tokens
 
 # %% ../nbs/06_gradients.ipynb #e50dcc4d
@@ -339,7 +339,7 @@ def is_additive(
     n:int # Items in it
 )->bool: # True also where that can't be tried
     "Is the loss of a batch the mean, or the sum, of the losses of its parts?"
-    if not n or n < 2 or {len(t) if t.ndim else 0 for t in tensors((pred,yb))}!={n}: return True
+    if not n or n < 2 or set(first_dims((pred,yb)))!={n}: return True
     def loss(i, j): return loss_func(part(pred, i, j, n), *part(tuple(yb), i, j, n)).detach().as_subclass(Tensor).view(())
     try:
         with torch.no_grad(), saved_random_state(): whole,a,b = torch.stack([loss(0, n),loss(0, n//2),loss(n//2, n)]).tolist()
@@ -350,12 +350,10 @@ def is_additive(
 # %% ../nbs/06_gradients.ipynb #1668938c
 _not_separable = "the model's predictions for a part of a batch are not those that it makes for the whole"
 
-def _evaluated(model, xb):
-    "Predictions in evaluation mode; the model is as before"
-    saved = Saved()
-    saved.seen |= {id(p) for p in model.parameters()} # which this doesn't change
-    saved.add(model)
-    try: return model.eval()(*xb)
+def _evaluated(model, xb, saved):
+    "Predictions in evaluation mode; the model is as it was `saved`"
+    try:
+        with torch.no_grad(), saved_random_state(): return model.eval()(*xb)
     finally: saved.restore()
 
 def is_separable(
@@ -364,13 +362,12 @@ def is_separable(
     n:int # Items in it
 )->bool: # True also where that can't be tried
     "Are the predictions for a part of a batch those that the whole gives for it?"
-    i = n//2
-    try:
-        with torch.no_grad(), saved_random_state(): whole = part(_evaluated(model, xb), i, n, n)
-        of_part = part(tuple(xb), i, n, n)
+    i,saved = n//2,Saved()
+    saved.seen |= {id(p) for p in model.parameters()} # which this doesn't change
+    saved.add(model)
+    try: whole,of_part = part(_evaluated(model, xb, saved), i, n, n),part(tuple(xb), i, n, n)
     except Exception: return True
-    try:
-        with torch.no_grad(), saved_random_state(): alone = _evaluated(model, of_part)
+    try: alone = _evaluated(model, of_part, saved)
     except Exception: return False # what takes a batch and not its half
     pairs = [(a.float(),b.float()) for a,b in zip(tensors(whole), tensors(alone)) if a.is_floating_point()]
     return all(a.shape==b.shape and torch.allclose(a, b, rtol=.02, atol=.02*float(a.abs().max())) for a,b in pairs)

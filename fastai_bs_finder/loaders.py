@@ -181,13 +181,19 @@ def tensors(
     elif isinstance(b, (Mapping,list,tuple)):
         for o in b.values() if isinstance(b, Mapping) else b: yield from tensors(o)
 
+def first_dims(
+    b # Tensors in tuples, lists and dictionaries
+)->list: # 0 for a tensor without any
+    "The first dimensions of all tensors of a batch"
+    return [len(t) if t.ndim else 0 for t in tensors(b)]
+
 def items_of(
     b, # A batch
     n:int=None # Number of items, if the loader has told it
 )->int: # At least 1
     "How many items a batch has"
     if n is not None: return n
-    sizes = [len(t) if t.ndim else 0 for t in tensors(b)]
+    sizes = first_dims(b)
     if len(set(sizes))==1 and sizes[0]: return sizes[0]
     raise ValueError(
         f"can't tell how many items this batch has: the loader doesn't say, and its tensors have first dimensions {sizes}. "
@@ -252,7 +258,7 @@ class CountedBatches(LoaderWrapper):
 def _one_per_item(o, n):
     "Is it a list with one element per item, as names, or dictionaries of targets?"
     if not isinstance(o, (list,tuple)) or hasattr(o, '_fields') or len(o)!=n: return False
-    return {len(t) if t.ndim else 0 for t in tensors(o)}!={n} # otherwise the items are in each of its tensors
+    return set(first_dims(o))!={n} # otherwise the items are in each of its tensors
 
 def _like(b, parts): return type(b)(*parts) if hasattr(b, '_fields') else type(b)(parts)
 
@@ -280,13 +286,13 @@ def twice(
     if n not in b.shape: raise ValueError(f"there is no dimension of {n} items in a tensor of {tuple(b.shape)}")
     return torch.cat([b, b], b.shape.index(n) if b.shape[0]!=n else 0)
 
-def _first_dims(b, n):
+def _cut_dims(b, n):
     "The first dimensions of all that `part` would cut, and the types of what it could not"
-    if isinstance(b, Tensor): return [len(b) if b.ndim else 0]
+    if isinstance(b, Tensor): return first_dims(b)
     if _one_per_item(b, n): return [n]
     if b is None or isinstance(b, (str,int,float)): return [] # the same for all items
     if not isinstance(b, (Mapping,list,tuple)): return [type(b).__name__]
-    return [d for o in (b.values() if isinstance(b, Mapping) else b) for d in _first_dims(o, n)]
+    return [d for o in (b.values() if isinstance(b, Mapping) else b) for d in _cut_dims(o, n)]
 
 # %% ../nbs/04_loaders.ipynb #598d2368
 def micro_batches(
@@ -297,7 +303,7 @@ def micro_batches(
     "Cut a batch into micro-batches"
     n = items_of(b, n)
     several = isinstance(b, (list,tuple)) # or a single tensor or dictionary
-    sizes = [d for o in (b if several else [b]) for d in _first_dims(o, n)]
+    sizes = [d for o in (b if several else [b]) for d in _cut_dims(o, n)]
     if set(sizes)!={n}: raise ValueError(
         "a batch can be cut into micro-batches only where all its tensors have the items along the first dimension, "
         f"got first dimensions {sizes} for {n} items. Use method='accumulate'")
