@@ -50,7 +50,7 @@ def read_images(
     except Exception: raise ValueError(f"{path} can't be read as a NumPy archive") from None
     if len(found)!=2: raise ValueError(f"{path} should have the arrays x_train and y_train, it has {_some(names)}")
     x,y = found
-    if x.ndim not in (3,4) or len(x)!=len(y) or y.ndim!=1: raise ValueError(
+    if x.ndim not in (3,4) or not x.size or len(x)!=len(y) or y.ndim!=1: raise ValueError(
         f"expected images of shape N×H×W or N×H×W×channels and N classes, got {x.shape} and {y.shape}")
     _check_numbers(x, 'x_train')
     if y.dtype.kind=='f': _check_numbers(y, 'y_train')
@@ -215,9 +215,10 @@ def main(
     "Find a batch size for the digits or for your own data, and say what was found"
     parser = _parser()
     args = parser.parse_args(args)
-    if wrong := _check_args(args): parser.error(wrong)
+    def refuse(why): parser.exit(2, f"{parser.prog}: {why}\n")
+    if wrong := _check_args(args): refuse(wrong)
     try: _run(args)
-    except ValueError as e: parser.error(str(e))
+    except ValueError as e: refuse(e)
     except KeyboardInterrupt: parser.exit(130, '\ninterrupted\n')
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains at the end
     except Exception as e: parser.exit(1, f"{parser.prog}: failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}\n")

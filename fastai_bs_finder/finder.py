@@ -26,7 +26,7 @@ from .gradients import Estimator, PairSums, check_counts, check_method, get_esti
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
-from .loaders import CountedBatches, batch_size, check_loader, items_of, n_items
+from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items
 from .profile import Profile, out_of_memory, profile_key
 from .lr import as_lr, is_adaptive, top_lr
 from .suggest import BSSuggestion, default_funcs, needs_profile, suggestion_name
@@ -93,15 +93,17 @@ def before_fit(self:BSFinder):
 def _note_first(self:BSFinder, n):
     "The first batch has `n` items, which a loader of ready-made batches didn't know"
     if self.search.bs is None: self._note_sizes(n, None)
-    elif self.search.bs==1 and n > 1:
-        self.known.pop('train_bs', None)
-        self._note_sizes(n, None)
+    rows = set(first_dims((self.learn.xb,self.learn.yb)))
+    if n==1 and len(rows)==1 and max(rows) > 1: warn(
+        f"The loader says that a batch has one item, and its tensors have {max(rows)} rows each. It counts as one item, as a "
+        "graph or a sequence. If the dataset has whole batches ready-made, use a loader with bs=None, which counts the rows")
 
 @patch
 def _note_sizes(self:BSFinder, bs, n):
     "What the search is recorded with: its batch size, and that of the learner's own training"
     if bs is None: return # the loader can't tell before there is a batch
     s,n_acc = self.search,self.known.get('n_acc', 0)
+    s.accumulator = self.known.get('accumulator')
     s.n_items = n or bs*len(self.learn.dls.train)
     s.bs = min(bs, s.n_items)
     s.train_bs = self.known.get('train_bs') or s.bs
@@ -197,12 +199,22 @@ def before_step(self:BSFinder):
         self.sums.add(est.pair, scaler and scaler.scale(torch.ones_like(self.learn.loss)))
         self.search.window,est.pair = max(self.search.window, est.pair.b_big),None
     if not est.step_now: raise CancelBatchException()
-    lr = self.opt.hypers[-1]['lr']
-    self.lrs = (lr,lr) if self.lrs is None else (min(lr, self.lrs[0]),max(lr, self.lrs[1]))
+    self.note_lr()
     if self.loss_facts.is_sum and est.divided: # the optimizer gets the gradient that it is used to
         torch._foreach_mul_([p.grad for p in est.params if p.grad is not None], est.step_size)
 
 # %% ../nbs/11_finder.ipynb #e1b01cd8
+@patch
+def note_lr(self:BSFinder):
+    "The learning rate of the step that is about to be made; callbacks that come later may still change it"
+    self.lr_now = self.opt.hypers[-1]['lr']
+
+@patch
+def after_step(self:BSFinder):
+    "The step was made: keep the range of the rates"
+    lr = self.lr_now
+    self.lrs = (lr,lr) if self.lrs is None else (min(lr, self.lrs[0]),max(lr, self.lrs[1]))
+
 @patch
 def after_batch(self:BSFinder):
     "Every `n_batch` batches, measure"
@@ -247,6 +259,12 @@ def _not_finite(self:BSFinder, loss):
     self.broke = True
 
 # %% ../nbs/11_finder.ipynb #6cc3361e
+def _other_optimizers(learn):
+    "Names of attributes of the learner that hold optimizers beside its own"
+    def is_one(o): return hasattr(o, 'step') and hasattr(o, 'zero_grad') and o is not learn.opt and not isinstance(o, type)
+    held = {k: v if isinstance(v, (list,tuple,L)) else [v] for k,v in vars(learn).items() if k not in ('opt','cbs')}
+    return [k for k,v in held.items() if any(map(is_one, v))]
+
 def _check_callbacks(learn, order):
     "Refuse callbacks that a measurement can't go with, and warn of those that may change gradients before `order`"
     accumulating = [type(o).__name__ for o in learn.cbs if accumulates(o)]
@@ -258,6 +276,10 @@ def _check_callbacks(learn, order):
     if any(type(o).__name__=='DistributedTrainer' for o in learn.cbs): raise ValueError(
         "BSFinder measures within one process, and DistributedTrainer shares each batch among several: "
         "search outside of `distrib_ctx`, on one of them")
+    others = _other_optimizers(learn)
+    if others: warn(
+        f"the learner has further optimizers ({', '.join(others)}). If they train other parameters, or by another loss, what is "
+        "measured is only a part of the training, and no batch size follows from it")
     if len(learn._grab_cbs(BSFinder)) > 1: raise ValueError("there is a BSFinder on the learner already: remove it, or this one")
     for cb in learn.cbs:
         early = hasattr(cb, 'after_backward') or (hasattr(cb, 'before_step') and cb.order < order)
@@ -293,6 +315,7 @@ class EndSearch(Callback):
             "EndSearch looks at a BSFinder in the same fit: pass both, as `cbs=[finder, EndSearch(finder, num_it)]`")
 
     def before_batch(self): check_loss(self.learn)
+    def before_step(self): self.finder.note_lr()
 
     def sure(self)->bool:
         "Is the interval of the last measurement narrow enough?"
@@ -350,11 +373,21 @@ class _SearchProgress(Callback):
     def after_fit(self): self.bar.on_iter_end()
 
 # %% ../nbs/11_finder.ipynb #42311301
+def _accumulation(learn, now):
+    "Who accumulates gradients, and of how many items"
+    acc = next((o for o in learn.cbs if accumulates(o)), None)
+    if acc is None: return {}
+    name,n_acc = type(acc).__name__,getattr(acc, 'n_acc', None)
+    if not is_number(n_acc): warn(
+        f"{name} accumulates gradients, and has no number `n_acc` that says of how many items, so the table and the learning "
+        f"rates take the loader's batch of {now} for the current one", stacklevel=5)
+    return dict(accumulator=name, n_acc=n_acc if is_number(n_acc) else 0)
+
 def _mock_training(learn, end, lr, bs, wd):
     "Train until the search is over, and undo it"
     finder,bar,dl = end.finder,bool(learn._grab_cbs(ProgressCallback)),learn.dls.train
-    now,n_acc = batch_size(dl),max((getattr(o, 'n_acc', 0) for o in learn.cbs if accumulates(o)), default=0)
-    finder.known = dict(train_bs=now and min(now, n_items(dl) or now), n_acc=n_acc, lr=lr)
+    now = batch_size(dl)
+    finder.known = dict(train_bs=now and min(now, n_items(dl) or now), lr=lr, **_accumulation(learn, now))
     with preserve(learn):
         if bs is not None:
             learn.dls.train = dl.with_bs(bs)

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from fastcore.basics import patch
 from .stats import is_whole, noise_and_scale
 from .state import Saved, saved_random_state
-from .loaders import MicroBatches, first_dims, items_of, part, tensors
+from .loaders import MicroBatches, cut_dims, items_of, part, tensors
 from .losses import n_tokens
 
 # %% ../nbs/06_gradients.ipynb #e50dcc4d
@@ -270,9 +270,7 @@ class AccumulateEstimator(Estimator):
 
     def weight(self, bs, is_sum=False):
         if len(self.hooks) < len(self.params): self._watch()
-        if self.norms: # of a batch that was cancelled between `backward` and `add`
-            self._drop_window()
-            self._new_window()
+        self.norms.clear(), self.once.clear() # of gradients that the loss has computed on its way
         self.w = 1. if self.n >= self.n_window else bs/(self.bs_first or bs)
         if is_sum: self.w /= bs
         return 1. if self.by_hand else self.w
@@ -280,6 +278,9 @@ class AccumulateEstimator(Estimator):
 # %% ../nbs/06_gradients.ipynb #39bd8267
 @patch
 def begin(self:AccumulateEstimator):
+    if self.norms: # of a batch that was cancelled between `backward` and `add`
+        self._drop_window()
+        self._new_window()
     if self.by_hand:
         for p in self.params: p.grad = None
 
@@ -337,13 +338,13 @@ def is_additive(
     pred:Tensor, # Predictions of a batch, or a tuple of them
     yb:tuple, # Its targets
     n:int # Items in it
-)->bool: # True also where that can't be tried
+)->bool: # None where that can't be tried
     "Is the loss of a batch the mean, or the sum, of the losses of its parts?"
-    if not n or n < 2 or set(first_dims((pred,yb)))!={n}: return True
+    if not n or n < 2 or set(cut_dims(pred, n)+cut_dims(tuple(yb), n))!={n}: return
     def loss(i, j): return loss_func(part(pred, i, j, n), *part(tuple(yb), i, j, n)).detach().as_subclass(Tensor).view(())
     try:
         with torch.no_grad(), saved_random_state(): whole,a,b = torch.stack([loss(0, n),loss(0, n//2),loss(n//2, n)]).tolist()
-    except Exception: return True
+    except Exception: return
     mean = (a*(n//2)+b*(n-n//2))/n
     return any(math.isclose(whole, o, rel_tol=.01, abs_tol=1e-6) for o in (mean, a+b)) or not math.isfinite(whole)
 
@@ -360,13 +361,13 @@ def is_separable(
     model:nn.Module, # Any model
     xb:tuple, # Inputs of a batch
     n:int # Items in it
-)->bool: # True also where that can't be tried
+)->bool: # None where that can't be tried
     "Are the predictions for a part of a batch those that the whole gives for it?"
     i,saved = n//2,Saved()
     saved.seen |= {id(p) for p in model.parameters()} # which this doesn't change
     saved.add(model)
     try: whole,of_part = part(_evaluated(model, xb, saved), i, n, n),part(tuple(xb), i, n, n)
-    except Exception: return True
+    except Exception: return
     try: alone = _evaluated(model, of_part, saved)
     except Exception: return False # what takes a batch and not its half
     pairs = [(a.float(),b.float()) for a,b in zip(tensors(whole), tensors(alone)) if a.is_floating_point()]
@@ -411,9 +412,12 @@ class SplitEstimator(AccumulateEstimator):
         if n_tokens(pred, yb) and hasattr(self.model, 'reset'): warn(
             "This language model carries its hidden state from batch to batch, and 'split' hands it from one part of a batch "
             "to the next, which continues other texts. Use method='accumulate'")
-        if is_additive(loss_func, pred, yb, n): return
-        self._refuse("the loss of a batch is not the mean of the losses of its parts, as where it is the mean over those targets "
-                     "that are known, or over tokens that are not padding")
+        additive = is_additive(loss_func, pred, yb, n)
+        if additive is None and self.otherwise: self._refuse(
+            "whether the loss of a batch is the mean of the losses of its parts can't be tried with this model and loss")
+        if additive is False: self._refuse(
+            "the loss of a batch is not the mean of the losses of its parts, as where it is the mean over those targets "
+            "that are known, or over tokens that are not padding")
 
     def add_small(self, bs, xb, yb):
         super().add_small(bs, xb, yb)
@@ -422,7 +426,7 @@ class SplitEstimator(AccumulateEstimator):
 # %% ../nbs/06_gradients.ipynb #c1fd17f0
 @patch
 def check_model(self:SplitEstimator, xb, n):
-    if not is_separable(self.model, xb, n): self._refuse(_not_separable)
+    if is_separable(self.model, xb, n) is False: self._refuse(_not_separable)
 
 @patch
 def _refuse(self:SplitEstimator, why):
@@ -483,7 +487,7 @@ class PerExampleEstimator(Estimator):
 # %% ../nbs/06_gradients.ipynb #3ba159d3
 @patch
 def check_model(self:PerExampleEstimator, xb, n):
-    if not is_separable(self.model, xb, n): raise ValueError(
+    if is_separable(self.model, xb, n) is False: raise ValueError(
         f"{_not_separable}, so its gradient has no single examples. Use method='accumulate'")
 
 @patch

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import GetAttr, patch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader as TorchDL
+from torch.utils.data import DataLoader as TorchDL, IterableDataset
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from .state import saved_random_state
@@ -94,11 +94,12 @@ def _alike(a, b, depth=0):
         except Exception: return False
     return depth < 3 and hasattr(a, '__dict__') and _alike(vars(a), vars(b), depth+1)
 
-def _carry_over(dl, res, same):
-    "Give `res` what `dl` was built with and `new` has lost; `same` is a copy with the batch size of `dl`"
+def _carry_over(dl, res, same, own):
+    "Give `res` what `dl` has and `new` has lost; `same` is a copy with the batch size of `dl`; is the class not fastai's?"
     none = object()
     def of(o, k): return vars(o).get(k, none)
-    lost = [k for k in vars(dl) if k not in _fresh and not _alike(of(dl, k), of(same, k))]
+    lost = [k for k in vars(dl) if k not in _fresh and not k.startswith('__') and not _alike(of(dl, k), of(same, k))]
+    if not own: lost = [k for k in lost if of(same, k) is none] # what was put on it
     tied = [k for k in lost if not _alike(of(same, k), of(res, k))]
     if tied: raise ValueError(
         f"{type(dl).__name__} has {', '.join(tied)}, which depends on the batch size and on what the loader was built with, "
@@ -124,7 +125,8 @@ def with_bs(self:DataLoader,
     if self.bs is None: raise ValueError(_ready_made)
     kept = _kept(self)
     res = _copy(self, int(bs), kept)
-    if not type(self).__module__.startswith('fastai.'): _carry_over(self, res, _copy(self, self.bs, kept))
+    own = not type(self).__module__.startswith('fastai.')
+    if own or vars(self).keys()-vars(res).keys()-set(_fresh): _carry_over(self, res, _copy(self, self.bs, kept), own)
     if self.n is not None and res.drop_last and bs > n_items(res): raise ValueError(
         f"a batch of {bs:,} is more than the {n_items(res):,} items, and drop_last is set, so there would be none")
     res.rng.setstate(self.rng.getstate())
@@ -218,6 +220,7 @@ class _Counting:
         return self.o(b)
     def __iter__(self):
         for idxs in self.o:
+            idxs = list(idxs) # a sampler may yield generators
             self.counts.append(len(idxs))
             yield idxs
     def __len__(self): return len(self.o)
@@ -230,11 +233,6 @@ def _full_sizes(dl):
     return [size]*(n//size) + [n%size]*(n%size > 0 and not dl.drop_last)
 
 # %% ../nbs/04_loaders.ipynb #9ff9a202
-def _of_ready_made(b):
-    "Items in what a loader of single items takes for one, where it may be a whole batch"
-    try: return items_of(b)
-    except ValueError: return 1
-
 class CountedBatches(LoaderWrapper):
     "The batches of a loader; `n` is how many items the one on its way has"
     n = None
@@ -243,7 +241,7 @@ class CountedBatches(LoaderWrapper):
         if isinstance(dl, DataLoader):
             if dl.fake_l.num_workers: counts,counting = _full_sizes(dl),nullcontext()
             else: counting = nullcontext() if dl.bs is None else _attribute(dl, 'do_batch', _Counting(dl.do_batch, counts))
-        elif isinstance(dl, TorchDL) and dl.batch_sampler is not None:
+        elif isinstance(dl, TorchDL) and dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset):
             # persistent workers have an iterator that stays, and a sampler in it
             o,nm = (dl._iterator,'_index_sampler') if getattr(dl, '_iterator', None) is not None else (dl,'batch_sampler')
             counting = _attribute(o, nm, _Counting(getattr(o, nm), counts))
@@ -251,7 +249,6 @@ class CountedBatches(LoaderWrapper):
         with counting:
             for b in dl:
                 self.n = counts.pop(0) if counts else items_of(b)
-                if self.n==1 and getattr(dl, 'batch_size', getattr(dl, 'bs', None))==1: self.n = _of_ready_made(b)
                 yield b
 
 # %% ../nbs/04_loaders.ipynb #598d2366
@@ -286,13 +283,16 @@ def twice(
     if n not in b.shape: raise ValueError(f"there is no dimension of {n} items in a tensor of {tuple(b.shape)}")
     return torch.cat([b, b], b.shape.index(n) if b.shape[0]!=n else 0)
 
-def _cut_dims(b, n):
+def cut_dims(
+    b, # What belongs to a batch
+    n:int # Items in it
+)->list: # Numbers and names of types; it can be cut where all of them are `n`
     "The first dimensions of all that `part` would cut, and the types of what it could not"
     if isinstance(b, Tensor): return first_dims(b)
     if _one_per_item(b, n): return [n]
     if b is None or isinstance(b, (str,int,float)): return [] # the same for all items
     if not isinstance(b, (Mapping,list,tuple)): return [type(b).__name__]
-    return [d for o in (b.values() if isinstance(b, Mapping) else b) for d in _cut_dims(o, n)]
+    return [d for o in (b.values() if isinstance(b, Mapping) else b) for d in cut_dims(o, n)]
 
 # %% ../nbs/04_loaders.ipynb #598d2368
 def micro_batches(
@@ -303,7 +303,7 @@ def micro_batches(
     "Cut a batch into micro-batches"
     n = items_of(b, n)
     several = isinstance(b, (list,tuple)) # or a single tensor or dictionary
-    sizes = [d for o in (b if several else [b]) for d in _cut_dims(o, n)]
+    sizes = [d for o in (b if several else [b]) for d in cut_dims(o, n)]
     if set(sizes)!={n}: raise ValueError(
         "a batch can be cut into micro-batches only where all its tensors have the items along the first dimension, "
         f"got first dimensions {sizes} for {n} items. Use method='accumulate'")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from fastai.torch_core import apply
 from .callbacks import is_installed
-from .loaders import items_of, twice
+from .loaders import items_of, tensors, twice
 from .state import saved_random_state
 
 # %% ../nbs/05_losses.ipynb #c7939e84
@@ -50,6 +50,7 @@ def reduction(
     if (said := _said(loss_func)) and _reliable(loss_func): return said
     try:
         n = items_of((pred,yb), n)
+        if not any(n in t.shape for t in tensors(pred)): return said # the model has its own loss, say
         with torch.enable_grad(), saved_random_state():
             once,doubled = (_pull(loss_func, p, y) for p,y in ((pred,yb), (twice(pred, n),twice(tuple(yb), n))))
         times = float(2*doubled/once) # 1 for a mean, 4 for a sum

@@ -67,6 +67,11 @@ def _twin(opt):
             if 'lr' in g: g['lr'] = _rate # the learner's may be too small for anything to move
     return res,weight
 
+def _anew(opt):
+    "Makers of new optimizers with the defaults of `opt`, for those that make their state when they are built"
+    known = [(o, inspect.signature(type(o)).parameters) for o in _optimizers(opt) if isinstance(o, torch.optim.Optimizer)]
+    return [partial(_made, partial(type(o), **{k:v for k,v in o.defaults.items() if k in ps and k!='lr'})) for o,ps in known]
+
 def _made(make):
     "A new optimizer, for the first shape that it takes"
     for shape in ((4,4), (16,), (4,4,3,3)):
@@ -100,11 +105,12 @@ def is_adaptive(
 )->bool: # True for Adam, RMSProp, Lion and the like, False for SGD with or without momentum
     "Do an optimizer's steps stay as long as they are when all gradients are doubled?"
     ready = hasattr(opt, 'step') and not isinstance(opt, type)
-    make = partial(_twin, opt) if ready else partial(_made, opt)
-    try:
-        with saved_random_state(), torch.enable_grad(): # some draw random numbers
-            return _distance(make, 2) < 2**.5*_distance(make, 1)
-    except Exception: return _by_hypers(opt)
+    for make in [partial(_twin, opt), *_anew(opt)] if ready else [partial(_made, opt)]:
+        try:
+            with saved_random_state(), torch.enable_grad(): # some draw random numbers
+                return _distance(make, 2) < 2**.5*_distance(make, 1)
+        except Exception: pass
+    return _by_hypers(opt)
 
 # %% ../nbs/09_lr.ipynb #561674ac
 def _plain(o): return o.item() if hasattr(o, 'item') and np.ndim(o)==0 else o

@@ -106,6 +106,14 @@ def _synchronize(device):
     if device.type=='cuda': torch.cuda.synchronize(device)
     elif device.type=='mps': torch.mps.synchronize()
 
+class _OneEpoch(Callback):
+    "What an epoch without end counts starts again wherever an ordinary one would end"
+    order,run_mock = -math.inf,False # first, so that all others see it
+    def before_batch(self):
+        n = max(1, self.n_iter)
+        i = self.learn.iter = self.learn.train_iter = self.iter%n
+        self.learn.pct_train = i/n
+
 class _Stopwatch(Callback):
     "Time whole steps, in blocks, and no longer than `until`"
     order,run_mock = math.inf,False # last, so that nobody misses the end of a batch
@@ -140,7 +148,6 @@ class _Stopwatch(Callback):
 @patch
 def after_batch(self:_Stopwatch):
     "Count the step; at the end of a block, look at the clock"
-    if self.learn.pct_train >= 1: self.learn.pct_train = 0. # an epoch without end
     if not self.stepped: return self._idle()
     self.n,self.stepped,self.idle = self.n+1,False,0
     late = time.perf_counter() > self.until
@@ -276,7 +283,7 @@ class _Profiler:
         self.learn.dls.train.drop_last = True
         watch = _Stopwatch(self.device, self.until, memory, self.workers)
         if memory: memory.start()
-        try: self.learn.fit(1, 0., cbs=watch) # at a learning rate of 0 the weights stay where they are
+        try: self.learn.fit(1, 0., cbs=[watch,_OneEpoch()]) # at a learning rate of 0 the weights stay where they are
         finally:
             if memory: memory.stop()
         if not watch.steps: raise _NoSteps(
@@ -328,9 +335,7 @@ def attempt(self:_Profiler, f, bs):
     except _NoSteps as e: self.failed[bs] = str(e)
     except Exception as e:
         self.tried,full = [o for o in self.tried if o.bs!=bs],out_of_memory(e)
-        if not full and not any(o.fits for o in self.tried):
-            if not self.asked: raise # the learner's own size doesn't work
-            self.error = self.error or e
+        if not full and not any(o.fits for o in self.tried): self.error = self.error or e
         what = 'did not fit: out of memory' if full else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
         self.failed[bs] = f"{bs:,} {what}"
         self.tried.append(_Attempt(bs))
@@ -350,6 +355,7 @@ def first_round(self:_Profiler, sizes):
     "Try the sizes as long as they work; a sentence if time or memory were used up before"
     for bs in sizes:
         if self.too_large is not None and bs > self.too_large: return
+        if self.error and not self.asked and bs > self.tried[0].bs and not any(o.fits for o in self.tried): return
         if end := self.why_not(bs): return end
         self.attempt(partial(self.measure, bs), bs)
 
@@ -383,9 +389,11 @@ def run(self:_Profiler,
         with preserve(self.learn), self.learn.no_logging():
             self.memory = _Memory(self.device) # what `preserve` has saved is no part of a step
             end = self.first_round(sizes)
-            if self.error is not None and not any(o.fits for o in self.tried): raise self.error
-            self.error = None
             if down: self.downwards(min((o.bs for o in self.tried), default=1))
+            if self.error is not None and not any(o.fits for o in self.tried):
+                self.tried.clear() # so that nobody takes it for a profile
+                raise self.error
+            self.error = None
             for o in [o for o in self.tried if o.fits]*(rounds-1):
                 if self.attempt(partial(self.again, o), o.bs): continue
                 self.tried = [x for x in self.tried if x.bs <= o.bs] # what fitted by a hair does not fit

@@ -22,6 +22,7 @@ class Search:
     n_items:float = math.inf # Items in the training set: no batch size can be larger
     train_bs:int = None # Batch size that the learner trains with: items in a step
     micro_bs:int = None # That of its loader, if it accumulates the gradients of several batches for a step
+    accumulator:str = None # Name of the callback that accumulates the gradients of several batches, if the learner has one
     bs:int = None # Batch size of the search
     lr:float|slice = None # Learning rate of the search
     adaptive:bool = False # Does the optimizer divide by the size of the gradients, as Adam does?
@@ -178,13 +179,15 @@ def _plot_noise_scale(ax, search, df, answers):
     for i,(val,nms) in enumerate(answers.items()): ax.axhline(val, color=f'C{i+1}', ls='--', label=f'{nms}: {val:,}')
     legend_above(ax)
 
+_largest = 2**60 # an axis has no room for more
+
 def by_answer(
-    answers:dict # Batch sizes by the names of suggestions; what is no positive number is left out
+    answers:dict # Batch sizes by the names of suggestions; what is no batch size is left out
 )->dict: # Names by batch size
     "Suggestions that agree are one line in a picture, with all their names"
     res = {}
     for nm,v in answers.items():
-        if is_number(v) and 0 < v < math.inf: res.setdefault(v, []).append(nm)
+        if is_number(v) and 0 < v < _largest: res.setdefault(v, []).append(nm)
     return {v: ', '.join(nms) for v,nms in res.items()}
 
 def legend_above(

@@ -6,7 +6,8 @@
 __all__ = ['preserve', 'trainable', 'has_own', 'check_learner', 'check_loss', 'check_target']
 
 # %% ../nbs/03_state.ipynb #ae79277a
-import random, signal, sys, threading
+import random, re, signal, sys, threading
+from array import array as PyArray
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def _save_container(o):
     elif isinstance(o, deque):
         saved = list(o)
         def restore(): o.clear(), o.extend(saved)
-    else: # a bytearray
+    else: # a bytearray or an array of Python's
         saved = o[:]
         def restore(): o[:] = saved
     return restore
@@ -80,7 +81,7 @@ def _save_random(o):
     saved = get()
     return lambda: put(saved)
 
-_containers = dict,list,set,deque,bytearray
+_containers = dict,list,set,deque,bytearray,PyArray
 _generators = random.Random,np.random.RandomState,np.random.Generator,torch.Generator
 
 # %% ../nbs/03_state.ipynb #7744f6b5
@@ -157,6 +158,7 @@ def _of_function(f):
 def _parts(o):
     "What hangs on `o`"
     if isinstance(o, Tensor): return [o.grad, *(getattr(o, h) for h in _hooks), *vars(o).values()]
+    if isinstance(o, np.ndarray): return list(o.flat) if o.dtype==object and o.size <= _many else []
     if isinstance(o, partial): return [o.func, o.args, o.keywords]
     if isinstance(o, MethodType): return [o.__self__, o.__func__]
     if isinstance(o, FunctionType): return list(_of_function(o))
@@ -220,7 +222,7 @@ def _visit(self:Saved, o, data):
         graph,lazy = isinstance(o, Tensor) and not o.is_leaf, isinstance(o, UninitializedTensorMixin)
         if graph or (data and not lazy and _too_much(o)): return
         self._keep(o, _save_tensor if isinstance(o, Tensor) else _save_array)
-        return _parts(o) if isinstance(o, Tensor) else []
+        return _parts(o)
     if isinstance(o, _generators): return self._keep(o, _save_random)
     if isinstance(o, (FunctionType,MethodType,partial)): return _parts(o)
     sized = isinstance(o, _sized)
@@ -327,6 +329,15 @@ def _put_back(restores):
     return failed,arrived
 
 # %% ../nbs/03_state.ipynb #abf4de1e
+def _advise(error, learn):
+    "fastai names the callback in which an error has occurred; if it is the user's, say how to leave it out"
+    said = error.args[0] if isinstance(error, Exception) and error.args else ''
+    names = {type(o).__name__ for o in learn.cbs if not type(o).__module__.startswith(('fastai.','fastai_bs_finder.'))}
+    found = re.match(r'Exception occured in `(\w+)`', said) if isinstance(said, str) else None
+    if found and found[1] in names and 'run_mock' not in said: error.args = (
+        f"{said}\nThis was a mock training, in which nothing is validated or recorded. If it can do without {found[1]}, "
+        f"set `{found[1]}.run_mock = False`", *error.args[1:])
+
 class preserve:
     "Let a mock training run with the callbacks that take part in it, and leave `learn` exactly as it was, whatever happens"
     def __init__(self,
@@ -345,6 +356,7 @@ class preserve:
         return self.learn
 
     def __exit__(self, kind, error, trace):
+        _advise(error, self.learn)
         try: failed,arrived = self.saved.restore()
         finally: self.held.stop()
         if failed and error is None: raise failed[0]

@@ -72,7 +72,7 @@ def is_number(
     v # Anything
 )->bool:
     "Is it a number, Python's or NumPy's? (NaN is none)"
-    return isinstance(v, (int,float,np.integer,np.floating)) and not isinstance(v, bool) and not math.isnan(v)
+    return isinstance(v, (int,float,np.integer,np.floating)) and not isinstance(v, bool) and bool(v==v)
 
 def is_whole(
     v # Anything

@@ -23,7 +23,7 @@ def _allowed(rec, wanted, name):
     "`wanted`, or the largest power of two that the data and the memory allow; `name` says whose wish that is"
     n_items,fits = rec.search.n_items,rec.profile.largest_fit
     limits = [(n_items, f"the training set has {n_items:,} items", '')]
-    if fits is not None: limits.append((fits, f"{fits:,} is the largest batch that was tried and fits",
+    if fits is not None: limits.append((fits, f"{fits:,} is the largest batch that was tried and works ({rec.profile.end})",
                                         ". `learn.recorder.bs_table()` says how to accumulate gradients"))
     for most,why,advice in limits:
         if wanted <= most: continue
@@ -105,13 +105,21 @@ def _candidates(rec):
     return np.array(sorted(o for o in {now, *tried, *powers} if o <= rec.search.n_items))
 
 # %% ../nbs/10_suggest.ipynb #18c1bc6f
+def _most_at_once(rec): return rec.profile.largest_fit or rec.search.micro_bs
+
+def _undo(rec, largest):
+    "Code that takes away what accumulates gradients: a callback of the user's, and what a row up to `largest` may have added"
+    most = _most_at_once(rec)
+    names = [rec.search.accumulator, 'GradientAccumulation' if most is not None and largest > most else None]
+    return ''.join(f'; learn.remove_cb({o})' for o in dict.fromkeys(names) if o)
+
 def _how(rec, bs, undo):
-    "Code that trains with batches of `bs`; `undo` what the code of another row has added"
-    most,remove = rec.profile.largest_fit or rec.search.micro_bs,'learn.remove_cb(GradientAccumulation)'
-    if most is None or bs <= most: return f'learn.dls = learn.dls.with_bs({bs})' + (f'; {remove}' if undo else '')
+    "Code that trains with batches of `bs`; `undo` is code, too"
+    most = _most_at_once(rec)
+    if most is None or bs <= most: return f'learn.dls = learn.dls.with_bs({bs}){undo}'
     micro = max(o for o in range(1, most+1) if bs%o==0)
     note = f' # batch norm sees {micro} items' if rec.search.batch_norm else ''
-    return f'learn.dls = learn.dls.with_bs({micro}); {remove}; learn.add_cb(GradientAccumulation({bs})){note}'
+    return f'learn.dls = learn.dls.with_bs({micro}){undo}; learn.add_cb(GradientAccumulation({bs})){note}'
 
 # %% ../nbs/10_suggest.ipynb #08548981
 def _lr_text(v):
@@ -173,15 +181,14 @@ def bs_table(self:Recorder,
 )->BSTable: # A row per batch size
     "What each batch size costs on the way to the same loss, as a multiple of what the current one costs (see `learn.bs_find`)"
     search_of(self).settled() # which says so if there was no search
-    sizes,now,ns,profile = _candidates(self),self.search.train_bs,self.settled().noise_scale,self.profile
+    sizes,now,ns = _candidates(self),self.search.train_bs,self.settled().noise_scale
     steps,index = relative_steps_to(sizes, now, ns),pd.Index(sizes, name='bs')
     columns = dict(steps=steps, examples=steps*sizes/now) | _time_columns(self, sizes, steps)
     df = BSTable(columns | dict(efficiency=[1/relative_examples(o, ns) for o in sizes]), index)
     df = df.assign(**_profile_columns(self, sizes))
     df['lr'] = pd.Series(_lrs(self, sizes), index, dtype=object)
-    too_large = profile.largest_fit is not None and sizes[-1] > profile.largest_fit
-    answers,undo = _answers(self, suggest_funcs),too_large or self.search.micro_bs is not None
-    df['suggested'] = [', '.join(k for k,v in answers.items() if v==o) for o in sizes]
+    answers,undo = by_answer(_answers(self, suggest_funcs)),_undo(self, sizes[-1])
+    df['suggested'] = [answers.get(int(o), '') for o in sizes]
     df['how'] = [_how(self, int(o), undo) for o in sizes]
     return df
 

@@ -8,6 +8,9 @@ from helpers import make_learner
 torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]) # what PyTorch imports for its first optimizer may draw random numbers
 torch.set_num_threads(1) # on models this small, threads only wait for each other
 
+def pytest_addoption(parser):
+    parser.addoption('--every-line', action='store_true', help='interrupt at each line of saving and restoring; takes half an hour')
+
 @pytest.fixture(autouse=True)
 def no_open_figures():
     yield

@@ -4,7 +4,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from torch import nn, tensor
 from torch.nn import functional as F
-from helpers import digits
+from helpers import Stream, digits
 from measuring import assert_close, drowned_is_fine, each_method, each_method_in_ci, exact, learner, measure, net
 
 pytestmark = drowned_is_fine
@@ -149,6 +149,39 @@ def test_such_batches_are_not_cut(nm):
     with pytest.warns(UserWarning, match="goes on with method='accumulate'"):
         learn.bs_find(1e-12, num_it=640, n_batch=12, beta=1, show_plot=False, suggest_funcs=None)
     assert_close((learn.recorder.noise[-1],learn.recorder.scale[-1]), exactly(learn), .2)
+
+@pytest.mark.parametrize('nm', ['graphs','time'])
+def test_batches_of_one(nm):
+    "One graph is one item, whatever rows it has, and it is said"
+    learn = of_form(nm, bs=1)
+    with pytest.warns(UserWarning, match='a batch has one item, and its tensors have . rows each. It counts as one item'):
+        got = measure(learn, num_it=1280)
+    assert learn.recorder.search.train_bs==1
+    assert abs(got[0]/exactly(learn)[0]-1) < .2 # the signal is far below the noise of a single item
+
+class Counted(Stream):
+    "A stream that knows how many items it has"
+    def __len__(self): return len(self.items)
+    def __iter__(self): return (self.items[i] for i in torch.randperm(len(self.items)).tolist())
+
+@each_method_in_ci
+def test_stream_with_a_length(method):
+    "Its sampler yields as many places as a full batch has, also for the last one of 3"
+    learn = learner(items=digits()[:123])
+    dl = torch.utils.data.DataLoader(Counted(digits()[:123]), 8)
+    learn.dls = DataLoaders(dl, dl, device='cpu')
+    learn.dls._device = torch.device('cpu')
+    assert_close(measure(learn, method, num_it=480), exact(learner(items=digits()[:123])), .15)
+
+def test_batch_sampler_of_generators():
+    "As PyTorch takes them"
+    class Generators(BatchSampler):
+        def __iter__(self): return ((i for i in o) for o in super().__iter__())
+    learn = learner()
+    dl = torch.utils.data.DataLoader(digits()[:128], batch_sampler=Generators())
+    learn.dls = DataLoaders(dl, dl, device='cpu')
+    learn.dls._device = torch.device('cpu')
+    assert_close(measure(learn), exact(learner()))
 
 class Bare:
     "A loader of another package: batches and their number, no more"

@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import Adam, Lamb, RMSProp, SGD
 from fastai.vision.gan import basic_critic, basic_generator, GANLearner
-from torch import tensor
+from torch import nn, tensor
 from fastai_bs_finder.all import BSFinder
 from fastai_bs_finder.callbacks import takes_part
 from helpers import digits, disk
@@ -149,6 +149,33 @@ def test_how_trains_with_as_many_items_as_its_row_says(row):
     with learn.no_logging(): learn.fit(2, 1e-3, cbs=Count())
     assert np.diff(seen).tolist()==[row]*(len(seen)-1) and len(seen)==256//row
 
+@pytest.mark.parametrize('n_acc', [None, 8, 16])
+@pytest.mark.parametrize('row', [4,8,16])
+def test_how_also_where_nothing_is_accumulated_now(n_acc, row):
+    "A loader of 16 with an accumulation of 16, which smaller batches would wake up"
+    learn = learner(bs=16, cbs=GradientAccumulation(n_acc) if n_acc else [])
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    exec(learn.recorder.bs_table().how[row], globals(), dict(learn=learn))
+    steps = []
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=Callback(after_step=lambda self: steps.append(1)))
+    assert len(steps)==128//row
+
+class MyAccumulator(Callback):
+    "Of another package"
+    def __init__(self, n_acc=None):
+        if n_acc: self.n_acc = n_acc
+    def before_batch(self): self.learn.xb = self.xb
+
+def test_an_accumulator_of_another_kind():
+    "Its number is believed, and the lines take it away; without a number it is said what is assumed"
+    learn = learner(cbs=MyAccumulator(32))
+    learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+    assert learn.recorder.train_bs==32
+    exec(learn.recorder.bs_table().how[64], globals(), dict(learn=learn))
+    assert not learn._grab_cbs(MyAccumulator) and len(learn._grab_cbs(GradientAccumulation))==1
+    with pytest.warns(UserWarning, match="MyAccumulator accumulates gradients, and has no number `n_acc`.*loader's batch of 8"):
+        learner(cbs=MyAccumulator()).bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+
 # --- callbacks that do what a search has no answer to
 
 def test_a_rate_that_a_callback_sets():
@@ -159,6 +186,40 @@ def test_a_rate_that_a_callback_sets():
     with pytest.warns(UserWarning, match='A callback changed the learning rate: asked for was 0.001, used were 0.05 to 0.4'):
         learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
     assert np.isclose(learn.recorder.bs_table().lr[8], .4)
+
+def test_a_rate_that_is_put_back():
+    "Seen is what the optimizer steps with"
+    class Burst(Callback):
+        order = 1000
+        def before_step(self): self.opt.set_hyper('lr', .5)
+        def after_step(self): self.opt.set_hyper('lr', 1e-3)
+    with pytest.warns(UserWarning, match='asked for was 0.001, used were 0.5 to 0.5'):
+        learner(cbs=Burst()).bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+
+def test_a_second_optimizer():
+    "Of a learner's own: what it trains is not measured, and it is said"
+    learn = learner()
+    learn.critics = [SGD([nn.Parameter(torch.ones(3))], lr=.1)]
+    with pytest.warns(UserWarning, match=r'further optimizers \(critics\).*no batch size follows from it'):
+        learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+
+@pytest.mark.parametrize('call', [lambda o: o.bs_find(1e-3, num_it=40, show_plot=False), lambda o: o.bs_profile()])
+def test_what_to_do_where_a_callback_cannot_do_with_a_mock_training(call):
+    class Mean(Callback):
+        def before_batch(self): self.learn.xb = self.xb
+        def after_validate(self): self.acc = 1/len(self.recorder.values)
+    with pytest.raises(Exception, match='Exception occured in `Mean`(.|\n)*set `Mean.run_mock = False`'): call(learner(cbs=Mean()))
+
+def test_a_schedule_by_the_number_of_the_batch(learn):
+    "A value for each iteration of an epoch, as many as a training has"
+    class Table(Callback):
+        def before_fit(self): self.values = torch.linspace(0, 1, self.n_epoch*len(self.dls.train)).tolist()
+        def before_batch(self):
+            self.opt.set_hyper('wd', self.values[self.train_iter if self.training else 0])
+            assert self.pct_train < 1 and self.iter < len(self.dls.train)
+    learn.add_cb(Table())
+    assert learn.bs_profile(bss=[64,256], show_plot=False).fits.all()
+    assert learn.bs_find(1e-3, num_it=40, show_plot=False).critical
 
 def test_a_gan_is_refused():
     gen = basic_generator(8, 1, in_sz=4, n_features=8)

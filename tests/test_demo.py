@@ -27,7 +27,7 @@ def test_digits(tmp_path):
     assert (tmp_path/'bs_find.png').read_bytes().startswith(b'\x89PNG')
     assert not res.stderr or 'step times scatter' in res.stderr # other tests run beside it
 
-@pytest.mark.filterwarnings('error', 'ignore:the step times scatter', 'ignore:The noise scale may be far off',
+@pytest.mark.filterwarnings('error::UserWarning', 'ignore:the step times scatter', 'ignore:The noise scale may be far off',
                             'ignore:fastest is')
 @pytest.mark.parametrize('header', [True,False])
 def test_own_table(tmp_path, run, header):
@@ -49,6 +49,7 @@ def test_own_table(tmp_path, run, header):
     (['--data','only.csv','--target','a'], "no column but 'a'"),
     (['--data','ids.csv','--target','name'], '200 different values'),
     (['--data','few.npz'], 'at least 100 images'),
+    (['--data','thin.npz'], 'expected images of shape'),
     (['--data','flat.npz'], 'images that differ'),
     (['--data','nan.npz'], 'x_train has 64 values that are NaN, of 12,800'),
     (['--data','inf.npz'], 'x_train has 1 values that are infinite or beyond ±1e+15, of 12,800'),
@@ -90,7 +91,7 @@ def test_errors(tmp_path, run, args, words):
     (tmp_path/'folder.png').mkdir()
     before = set(tmp_path.iterdir())
     code,out,err = run(*args)
-    assert code==2 and words in err.replace('\n',' '), err
+    assert code==2 and words in err.replace('\n',' ') and err.count('\n')==1, err
     assert set(tmp_path.iterdir())==before
 
 def bad_archives(path):
@@ -100,6 +101,7 @@ def bad_archives(path):
     save('nan', x=np.where(np.arange(200)[:,None,None]==3, np.nan, x))
     save('inf', x=np.where(x==x.max(), np.inf, x))
     save('huge', x=1e300*(1+x))
+    np.savez(path/'thin.npz', x_train=np.zeros((200,0,8)), y_train=y)
     save('words', x=np.where(x<.5, 'a', 'b'))
     save('objects', x=x.astype(object))
     save('unknown', y=np.where(np.arange(200)==3, np.nan, y))

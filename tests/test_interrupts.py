@@ -56,7 +56,7 @@ def codes_of(*objects):
 
 own = [v for v in vars(state).values() if getattr(v, '__module__', None)==state.__name__]
 
-def lines_to_try(n, fast): return sorted({int(o) for o in np.linspace(1, n, fast)})
+def lines_to_try(n, fast): return sorted({int(o) for o in np.linspace(1, n, min(n, fast))})
 
 def interrupted(learn, call, codes, k):
     "Call with an interrupt at line `k`; did it come through?"
@@ -71,9 +71,10 @@ def profiled(learn): return learn.bs_profile(bss=[8], limit=.05, show_plot=False
 
 @pytest.mark.parametrize('call', [short, profiled])
 @pytest.mark.parametrize('n', [40, pytest.param(300, marks=pytest.mark.slow)])
-def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n):
-    "It comes through afterwards, and all is as it was"
+def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n, request):
+    "It comes through afterwards, and all is as it was. With `--every-line` these are all lines, or else some of them"
     learn,counter = trained(tmp_path),Interrupt(codes_of(*own))
+    n = 10**9 if request.config.getoption('--every-line') else n
     before = everything(learn)
     with counter: call(learn)
     lines = lines_to_try(counter.n, n)
@@ -83,6 +84,7 @@ def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n):
         assert not (d := [o for o in before if not same(before[o], now[o])]), (k, d)
         assert came or k > counter.n-20 or call is profiled, k # a profile takes another number of lines each time
     assert len(lines) >= min(n, counter.n)*.9
+    print(f'{call.__name__}: interrupted at {len(lines):,} of {counter.n:,} lines')
 
 def test_the_state_is_put_back_where_one_thing_fails(tmp_path):
     "An object that can't be restored: the others are, and its error is told"

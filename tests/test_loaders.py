@@ -200,6 +200,19 @@ def test_a_method_put_on_a_loader_is_kept():
     res = dls.with_bs(32).train
     assert res.mine()==32 and dl.mine()==16 and res.tag=='mine'
 
+def test_methods_put_on_a_loader_of_fastais_are_kept():
+    "Weights of a sampler, and how a batch is made"
+    dls = loaders(bs=16, n=500)
+    dl = dls.train
+    weights = np.where(np.arange(500)%10==0, 9., 1.)
+    dl.get_idxs = MethodType(lambda self: np.random.choice(500, 500, p=weights/weights.sum()).tolist(), dl)
+    dl.create_batch = MethodType(lambda self, b: (torch.full((len(b),), 7.),torch.zeros(len(b))), dl)
+    dl.tag = 'mine'
+    res = dls.with_bs(32).train
+    set_seed(0)
+    assert abs(rare(res)-.5) < .05 and res.tag=='mine' and res.bs==32
+    assert next(iter(res))[0].tolist()==[7.]*32 and res.get_idxs.__self__ is res
+
 def test_what_depends_on_both_is_refused():
     "A plan that its class made from batch size and groups can be neither copied nor made anew"
     dl = Grouped(digits()[:100], bs=16, groups=4)

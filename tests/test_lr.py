@@ -78,6 +78,19 @@ class Plain(Sign):
                 m = self.state[p]['m'] = g['betas'][0]*self.state[p].get('m', 0)+p.grad
                 p.data.add_(m, alpha=-g['lr'])
 
+class Early(Sign):
+    "Makes its state when it is built, as some of PyTorch's do"
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr)
+        for g in self.param_groups:
+            for p in g['params']: self.state[p]['sum'] = torch.zeros_like(p)
+    def step(self, closure=None):
+        for g in self.param_groups:
+            for p in g['params']:
+                if p.grad is None: continue
+                self.state[p]['sum'] += p.grad**2
+                p.data.addcdiv_(p.grad, self.state[p]['sum'].sqrt(), value=-g['lr'])
+
 class Around:
     "A wrapper that has an optimizer and is none"
     def __init__(self, opt): self.opt,self.slow = opt,None
@@ -91,7 +104,7 @@ class Closed(torch.optim.Optimizer):
     def step(self, closure): return closure()
 
 kinds = dict(
-    fused=(Fused, True), sign=(Sign, True), plain=(Plain, False), closed=(Closed, False), qhadam=(QHAdam, True),
+    fused=(Fused, True), early=(Early, True), wrapped_early=(partial(OptimWrapper, opt=Early), True), sign=(Sign, True), plain=(Plain, False), closed=(Closed, False), qhadam=(QHAdam, True),
     radam=(RAdam, True),
     larc=(partial(Larc, clip=False), True), around_sgd=(lambda p, lr: Around(torch.optim.SGD(p, lr, momentum=.9)), False),
     around_adam=(lambda p, lr: Around(torch.optim.Adam(p, lr)), True), muon=(getattr(torch.optim, 'Muon', Sign), True),

@@ -37,6 +37,17 @@ def waits(f):
         f()
     return scalars.n,n['tolist'],n['cpu']+n['numpy']
 
+def can_watch():
+    "PyTorch's watch over operations could not see through subclasses of tensors before 2.6"
+    class Sub(Tensor): pass
+    try:
+        with Scalars(): torch.ones(2).as_subclass(Sub)
+        return True
+    except RuntimeError: return False
+
+watched = pytest.mark.skipif(not can_watch(), reason="this PyTorch can't watch subclasses of tensors")
+
+@watched
 @pytest.mark.parametrize('method', estimators)
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(reduction='sum')], ids=['mean','sum'])
 def test_waits_for_the_device_once_a_measurement(method, loss):
@@ -54,6 +65,7 @@ def test_waits_for_the_device_once_a_measurement(method, loss):
     assert few==many and many[0] <= 8 # the trials of the optimizer, of the loss and of the model, once
     assert many[1] <= 3+16*(method=='split') # and 'split' asks of its first 16 parts whether the loss is the mean of theirs
 
+@watched
 def test_waits_are_counted():
     "What the test above is worth"
     t = torch.ones(3)

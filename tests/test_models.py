@@ -31,8 +31,8 @@ from torch.amp import autocast, GradScaler
 from torch.nn import functional as F
 from helpers import digits, small_table, weights
 from measuring import (
-    assert_close, assert_far, assert_same, biased, deep, drowned_is_fine, each_method, each_method_in_ci, exact, halves,
-    learner, measure, net, stats, torch_opt)
+    assert_close, assert_far, assert_same, biased, by_batches, deep, drowned_is_fine, each_method, each_method_in_ci, exact,
+    halves, learner, measure, net, stats, torch_opt)
 
 pytestmark = drowned_is_fine
 
@@ -408,6 +408,46 @@ def test_two_backward_passes(method):
     "The noise of the whole gradient, which is that of the sum of both losses"
     if method=='sequential': return assert_same(stats(with_auxiliary(), method), stats(two_passes(), method), 1e-3)
     assert_close(measure(two_passes(), method), exact(with_auxiliary()))
+
+class Penalty:
+    "Asks for the gradient on its way to the loss"
+    def __init__(self): self.ps = None
+    def __call__(self, pred, y):
+        loss = F.cross_entropy(pred, y)
+        if not loss.requires_grad: return loss
+        gs = torch.autograd.grad(loss, self.ps, create_graph=True)
+        return loss + .05*sum(g.square().sum() for g in gs)
+
+def penalised():
+    learn = learner(loss=Penalty())
+    learn.loss_func.ps = list(learn.model.parameters())
+    return learn
+
+@pytest.mark.parametrize('method', ['accumulate','sequential'])
+def test_a_loss_that_asks_for_gradients(method):
+    "What the hooks see on the way is no gradient of the batch"
+    assert_close(measure(penalised(), method), by_batches(penalised()), .15)
+
+class OwnLoss(nn.Module):
+    "A model that computes its loss itself, as those of transformers do"
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x, y): return dict(loss=F.cross_entropy(self.net(x), y))
+
+def of_pred(pred, y): return pred['loss']
+
+def own_loss(n_inp=2):
+    learn = learner(OwnLoss, of_pred, n_inp=2)
+    learn.dls.loaders[0] = learn.dls.train.new(create_batch=lambda b: (lambda x, y: (x,y,y))(*map(torch.stack, zip(*b))))
+    learn.dls.train._n_inp = learn.dls.n_inp = 2
+    return learn
+
+def test_a_model_with_a_loss_of_its_own(recwarn):
+    "That can't be tried on parts of a batch, so 'auto' does not cut; and no warning says that it is neither a mean nor a sum"
+    learn = own_loss()
+    learn.bs_find(1e-12, num_it=640, n_batch=12, beta=1, show_plot=False, suggest_funcs=None)
+    said = ' '.join(str(o.message) for o in recwarn)
+    assert 'duplicating' not in said and "goes on with method='accumulate'" in said
+    assert_close((learn.recorder.noise[-1],learn.recorder.scale[-1]), exact(learner()), .2)
 
 def test_per_example_and_a_backward_pass_of_ones_own():
     with pytest.raises(ValueError, match="may start from another loss. Use method='accumulate'"):

@@ -1,5 +1,6 @@
 "Whatever happens in `bs_find`, the learner, the random states and the disk are afterwards as they were before."
 import gc, math, operator, os, random, signal, subprocess, sys, tempfile, threading
+from array import array
 from collections import Counter, deque
 from functools import cache, partial
 from pathlib import Path
@@ -350,7 +351,9 @@ plain = dict(
     array=(lambda: np.zeros(1), lambda o: float(np.add(o, .1, out=o)[0])),
     generator=(torch.Generator, lambda o: torch.rand(1, generator=o)),
     numpy=(partial(np.random.RandomState, 0), lambda o: o.rand()),
-    python=(partial(random.Random, 0), lambda o: o.random()), deque=(deque, lambda o: (o.append(1), .1*len(o))[1]))
+    python=(partial(random.Random, 0), lambda o: o.random()), deque=(deque, lambda o: (o.append(1), .1*len(o))[1]),
+    numbers=(lambda: array('d', [0.]), lambda o: (o.append(1.), .1*len(o))[1]),
+    objects=(lambda: np.array([[0.],None], dtype=object), lambda o: (o[0].append(1.), .1*len(o[0]))[1]))
 
 @pytest.mark.parametrize('nm', plain)
 def test_plain_attributes_of_modules_stay(nm):

@@ -1,7 +1,7 @@
 "Suggestions and the table over them: by hand, from a recorder whose numbers are known."
 import math, warnings
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai_bs_finder.profile import Profile
@@ -38,7 +38,7 @@ def test_fastest_does_not_exceed_what_fits():
 
 @pytest.mark.parametrize('f,wanted', [(critical,4096), (efficient,1024)])
 def test_limits_are_said(f, wanted):
-    said = f"{f.__name__} would be {wanted:,}, but 256 is the largest batch that was tried and fits, so it is 256.*bs_table"
+    said = rf"{f.__name__} would be {wanted:,}, but 256 is the largest batch that was tried and works \(2,048 did not fit: out of memory\), so it is 256.*bs_table"
     with pytest.warns(UserWarning, match=said):
         assert f(recorded(4096., most=256))==256
     with pytest.warns(UserWarning, match=f"{f.__name__} would be {wanted:,}, but the training set has 100 items, so it is 64"):
@@ -61,6 +61,15 @@ def test_no_profile():
     table = rec.bs_table()
     assert 'time' not in table and 'fits' not in table and table.suggested.loc[512]=='critical'
 
+@pytest.mark.parametrize('answer', [np.array([64,128]), torch.tensor([1,2]), pd.Series([1,2]), 2**70, 1e300, 10**400, 'many', -1, None], ids=str)
+def test_answers_that_are_no_batch_sizes(learn, answer):
+    "They are returned as they are, and neither in the table nor in a picture"
+    def mine(rec): return answer
+    res = learn.bs_find(1e-2, num_it=40, suggest_funcs=mine)
+    assert res.mine is answer
+    assert set(learn.recorder.bs_table(suggest_funcs=(mine,)).suggested)=={''}
+    learn.recorder.plot_bs_tradeoff(suggest_funcs=(mine,))
+
 def test_nothing_measured():
     with pytest.raises(ValueError, match=r'call `learn.bs_find\(\)` first'): BSRecorder().bs_table()
     with pytest.raises(ValueError, match=r'call `learn.bs_find\(\)` first'): BSRecorder().plot_bs_tradeoff()
@@ -77,7 +86,7 @@ def test_table_by_hand():
     for ns,c in ((400,'a'),(650,'b')): few = few.assign(**{c: (1+ns/few.index)/(1+ns/64)*t(few.index)/t(64)})
     assert np.allclose(few.time_from, few[['a','b']].min(axis=1)) and np.allclose(few.time_to, few[['a','b']].max(axis=1))
     assert (table.time_from <= table.time+1e-9).all() and (table.time <= table.time_to+1e-9).all()
-    assert np.allclose(table.lr, .01*b/64*(64+500)/(b+500))
+    assert np.allclose(table.lr.astype(float), .01*b/64*(64+500)/(b+500))
     assert table.fits.tolist()==['yes']*8+['no']
 
 @pytest.mark.parametrize('kwargs', [
@@ -87,7 +96,8 @@ def test_odd_recorders(kwargs):
     "Every row has its numbers, and the picture can be drawn"
     rec = recorded(**kwargs)
     table = rec.bs_table()
-    assert table[['steps','examples','efficiency','time','time_from','time_to','lr']].map(np.isfinite).all().all()
+    numbers = table[['steps','examples','efficiency','time','time_from','time_to','lr']].astype(float)
+    assert np.isfinite(numbers).all().all()
     now = rec.search.train_bs
     assert now > rec.search.n_items or np.allclose(table.loc[now, ['steps','examples','time']].astype(float), 1)
     assert max(table.index) <= max(rec.search.n_items, 1)
