@@ -215,6 +215,7 @@ def after_step(self:BSFinder):
     lr = self.lr_now
     self.lrs = (lr,lr) if self.lrs is None else (min(lr, self.lrs[0]),max(lr, self.lrs[1]))
 
+# %% ../nbs/11_finder.ipynb #e1b01cd3
 @patch
 def after_batch(self:BSFinder):
     "Every `n_batch` batches, measure"

@@ -67,6 +67,7 @@ def _twin(opt):
             if 'lr' in g: g['lr'] = _rate # the learner's may be too small for anything to move
     return res,weight
 
+# %% ../nbs/09_lr.ipynb #62b23cc3
 def _anew(opt):
     "Makers of new optimizers with the defaults of `opt`, for those that make their state when they are built"
     known = [(o, inspect.signature(type(o)).parameters) for o in _optimizers(opt) if isinstance(o, torch.optim.Optimizer)]

@@ -328,7 +328,7 @@ def _put_back(restores):
             else: failed,again = [*failed, todo.pop() and e],None
     return failed,arrived
 
-# %% ../nbs/03_state.ipynb #abf4de1e
+# %% ../nbs/03_state.ipynb #abf4de1d
 def _advise(error, learn):
     "fastai names the callback in which an error has occurred; if it is the user's, say how to leave it out"
     said = error.args[0] if isinstance(error, Exception) and error.args else ''
@@ -338,6 +338,7 @@ def _advise(error, learn):
         f"{said}\nThis was a mock training, in which nothing is validated or recorded. If it can do without {found[1]}, "
         f"set `{found[1]}.run_mock = False`", *error.args[1:])
 
+# %% ../nbs/03_state.ipynb #abf4de1e
 class preserve:
     "Let a mock training run with the callbacks that take part in it, and leave `learn` exactly as it was, whatever happens"
     def __init__(self,
