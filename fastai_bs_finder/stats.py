@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['noise_and_scale', 'noise_scale', 'ratio_interval', 'is_number', 'is_whole', 'RunningNoiseScale', 'relative_steps',
-           'relative_examples', 'StepTime', 'fit_step_time', 'nearest_pow2']
+           'relative_examples', 'StepTime', 'fit_step_time', 'StepsFit', 'fit_steps', 'Regimes', 'regimes',
+           'nearest_pow2']
 
 # %% ../nbs/00_stats.ipynb #0de9a756
 import math
@@ -173,6 +174,81 @@ def fit_step_time(
     least = least_squares(lambda o: np.log(curve(o)(sizes)/times), start, loss='soft_l1', f_scale=.1, bounds=bounds)
     fit = curve(least.x)
     return fit._replace(error=float(np.abs(times/fit(sizes)-1).max()))
+
+# %% ../nbs/00_stats.ipynb #5f1d0a02
+class StepsFit(NamedTuple):
+    "Steps of a training over its batch size, `least*(1+critical/bs)`: call it with one"
+    least: float # Steps with batches as large as you like
+    critical: float # Critical batch size; `inf` where larger batches have always saved as many steps as they can
+    lower: float # Lower end of its 95% interval; 0 where that is unknown
+    upper: float # Upper end; `inf` likewise
+
+    def __call__(self,
+        bs:float # Batch size, or an array of them
+    )->float: # Steps
+        "The curve (arXiv 1812.06162, eq. 2.11 with the least number of examples in place of the critical batch size)"
+        return self.least*(1+self.critical/bs)
+
+_far = 1000 # times the largest batch size, and below the smallest: further away a critical batch size is infinite, or 0
+
+def _fit_lines(bs, logs):
+    "`least` and `critical` for each row of `logs`, the logarithms of the steps at `bs`"
+    grid = np.geomspace(bs.min()/_far, bs.max()*_far, 1000)
+    shape = np.log1p(grid[:,None]/bs)
+    def centred(o): return o-o.mean(-1, keepdims=True)
+    a,b = centred(shape),centred(logs)
+    error = np.square(a).sum(1) - 2*b@a.T # up to a constant
+    best = error.argmin(1).clip(1, len(grid)-2)
+    low,mid,high = (error[np.arange(len(best)), best+i] for i in (-1,0,1))
+    with np.errstate(invalid='ignore', divide='ignore'): shift = np.nan_to_num((low-high)/(low-2*mid+high)/2).clip(-1, 1)
+    critical = np.exp(np.interp(best+shift, np.arange(len(grid)), np.log(grid)))
+    least = np.exp((logs-np.log1p(critical[:,None]/bs)).mean(1))
+    end = error.argmin(1)
+    return least, np.where(end==len(grid)-1, math.inf, np.where(end==0, 0., critical))
+
+# %% ../nbs/00_stats.ipynb #5f1d0a03
+def fit_steps(
+    bs:np.ndarray, # Batch size of each training, of at least three different ones
+    steps:np.ndarray, # Steps that it took
+    level:float=.95, # Probability with which the interval is to hold the critical batch size
+    n_boot:int=1000 # Draws of the bootstrap
+)->StepsFit: # The ends of its interval are 0 and `inf` where no batch size was trained twice
+    "Fit the critical batch size to trainings, with an interval by bootstrap over those of the same batch size"
+    bs,logs = np.asarray(bs, float),np.log(np.asarray(steps, float))
+    sizes,which,counts = np.unique(bs, return_inverse=True, return_counts=True)
+    if len(sizes) < 3: raise ValueError(f"a curve needs at least three batch sizes, got {', '.join(f'{o:g}' for o in sizes)}")
+    means = np.bincount(which, logs)/counts
+    (least,),(critical,) = _fit_lines(sizes, means[None])
+    dev = ((logs-means[which])*np.sqrt(counts/np.maximum(counts-1, 1))[which])[counts[which] > 1]
+    if not len(dev): return StepsFit(float(least), float(critical), 0., math.inf)
+    # the scatter around the curve, as a multiple of what the scatter between trainings allows
+    expected = np.square(dev).mean()*(1/counts).mean()*(len(sizes)-2)
+    off = means-np.log(StepsFit(least, critical, 0, 0)(sizes)) if math.isfinite(critical) else np.zeros(1)
+    wider = max(1., math.sqrt(np.square(off).sum()/expected)) if expected > 0 else 1.
+    draws = np.random.default_rng(0).choice(dev, (n_boot, len(bs)))
+    drawn = np.stack([draws[:,which==i].mean(1) for i in range(len(sizes))], 1)
+    ends = np.quantile(_fit_lines(sizes, means+wider*drawn)[1], [(1-level)/2, (1+level)/2], method='nearest')
+    return StepsFit(float(least), float(critical), *(float(o) for o in ends))
+
+# %% ../nbs/00_stats.ipynb #5f1d0a06
+class Regimes(NamedTuple):
+    "Ranges of batch sizes, each from the first to the last; None for one that was not seen"
+    perfect: tuple # Steps fall as batch sizes grow, within 10%
+    diminishing: tuple # Between the two
+    maximal: tuple # A doubling saves less than 10%
+
+def regimes(
+    bs:np.ndarray, # Batch sizes, rising, at least two
+    steps:np.ndarray # Steps at each of them
+)->Regimes: # Neighbouring ranges share a border
+    "The three regimes of scaling (arXiv 1811.03600, section 4.1)"
+    x,y = np.log2(np.asarray(bs, float)),np.log2(np.asarray(steps, float))
+    n = len(x)
+    perfect = max(i for i in range(n) if i==0 or (y[i]-y[0])/(x[i]-x[0]) <= -.9)
+    maximal = min(i for i in range(n) if i==n-1 or (y[-1]-y[i])/(x[-1]-x[i]) > math.log2(.9))
+    maximal = max(maximal, perfect)
+    def between(i, j): return (int(bs[i]),int(bs[j])) if i < j else None
+    return Regimes(between(0, perfect), between(perfect, maximal), between(maximal, n-1))
 
 # %% ../nbs/00_stats.ipynb #2ec183fb
 def nearest_pow2(

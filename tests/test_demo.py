@@ -27,8 +27,8 @@ def test_digits(tmp_path):
     assert (tmp_path/'bs_find.png').read_bytes().startswith(b'\x89PNG')
     assert not res.stderr or 'step times scatter' in res.stderr # other tests run beside it
 
-@pytest.mark.filterwarnings('error::UserWarning', 'ignore:the step times scatter', 'ignore:The noise scale may be far off',
-                            'ignore:fastest is')
+@pytest.mark.filterwarnings('error::UserWarning', 'ignore::DeprecationWarning', 'ignore:the step times scatter',
+                            'ignore:The noise scale may be far off', 'ignore:fastest is')
 @pytest.mark.parametrize('header', [True,False])
 def test_own_table(tmp_path, run, header):
     "A CSV with and without a header line"
