@@ -7,9 +7,9 @@ __all__ = ['RunLog', 'valid_names', 'larger_is_better', 'ToTarget', 'Dynamics', 
            'run', 'Study', 'bs_study']
 
 # %% ../nbs/13_study.ipynb #7a2c0005
-import json, math, os, random, sys, time
+import gc, json, math, os, random, time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from warnings import warn
@@ -27,6 +27,7 @@ from fastprogress.fastprogress import progress_bar
 from scipy.optimize import minimize
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .stats import Regimes, StepsFit, fit_steps, is_number, is_whole, regimes as regimes_of
+from .state import saved_random_state
 from .loaders import CountedBatches, batch_size, items_of, n_items
 from .recorder import legend_above, log2_axis, short_number
 from .profile import out_of_memory
@@ -36,13 +37,16 @@ from .lr import as_lr, lr_factor, is_adaptive
 class RunLog(Callback):
     "Counts steps, examples and seconds of a training, and keeps what each validation says"
     order,run_valid = Recorder.order+10,True
-    def before_fit(self):
+    def __init__(self): # not `before_fit`: a schedule may be several fits
         self.steps,self.examples,self.seconds,self.start,self.history,self.first_loss = 0,0,0.,None,[],None
 
-    def go(self): self.start = time.perf_counter()
+    def _now(self):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        return time.perf_counter()
+    def go(self): self.start = self._now()
     def halt(self):
         "Stop the clock"
-        if self.start is not None: self.seconds,self.start = self.seconds+time.perf_counter()-self.start,None
+        if self.start is not None: self.seconds,self.start = self.seconds+self._now()-self.start,None
 
     def before_train(self):
         if not isinstance(self.learn.dl, CountedBatches): self.learn.dl = CountedBatches(self.learn.dl)
@@ -80,21 +84,26 @@ def valid_names(
     return ['valid_loss', *(o.name for o in rec.metrics)]
 
 # %% ../nbs/13_study.ipynb #7a2c000e
+_falling = 'loss','error','mse','mae','mape','msle','rmspe','perplexity','hamming' # fastai's names of metrics that are errors
+
 def larger_is_better(
     metric:str # Name of what a validation computes
 )->bool:
-    "Fastai's rule: what is called a loss or an error is to fall, anything else to rise"
-    return 'loss' not in metric and 'error' not in metric
+    "What is called a loss or an error, or is known as one, is to fall; anything else is to rise"
+    return not any(o in metric.lower() for o in _falling)
 
 @contextmanager
 def _aside(learn):
     "Let a training do something else between two batches"
     keep = {k: getattr(learn, k, None) for k in 'dl n_iter iter xb yb pred loss loss_grad'.split()}
-    try: yield
+    plain = [(m, {k: v for k,v in vars(m).items() if not k.startswith('_')}) for m in learn.model.modules()]
+    rec,noted = learn.recorder,list(getattr(learn.recorder, 'log', []))
+    try:
+        with saved_random_state(): yield
     finally:
         for k,v in keep.items(): setattr(learn, k, v)
-        learn.training = True
-        learn.model.train()
+        for m,o in plain: vars(m).update(o)
+        rec.log,learn.training = noted,True
 
 class ToTarget(Callback):
     "Validates from time to time, and ends a training when `target` is reached, when it diverges or when it takes too long"
@@ -110,9 +119,10 @@ class ToTarget(Callback):
     ):
         self.log,self.target,self.metric = log,target,metric
         self.most = dict(steps=max_steps, examples=max_examples, seconds=max_seconds)
-        self.looking = False
+        self.looking,self.next,self.end = False,0,None
 
-    def before_fit(self): self.next,self.end = 0,None
+    def before_fit(self):
+        if self.end: raise CancelFitException() # of a schedule of several fits
     def before_train(self):
         if not self.log.history: self._look() # how good it is without any training
     def before_validate(self):
@@ -133,7 +143,7 @@ def _look(self:ToTarget):
     finally: self.looking = False
     self.next = math.ceil(self.growth*self.log.steps)+1
     self.end = self._judge()
-    self.log.go()
+    if not self.end: self.log.go()
 
 @patch
 def _judge(self:ToTarget):
@@ -160,9 +170,10 @@ class Dynamics(Callback):
     order,run_valid,every = 1000,True,10
     def __init__(self,
         log:RunLog # Of the same fit
-    ): self.log = log
+    ): self.log,self.first = log,None
 
     def before_fit(self):
+        if self.first: return # another fit of the same run
         self.groups = [[p for p in pl if p.requires_grad] for pl in self.opt.param_lists]
         self.ps = [p for g in self.groups for p in g]
         self.first = [[p.detach().clone() for p in g] for g in self.groups]
@@ -289,15 +300,19 @@ class Plan:
     def kind(self): return 'course' if self.target is None else 'target'
 
 class WarmUp(Callback):
-    "Let a constant learning rate rise from 0 in the first `n` steps"
+    "Let the learning rates rise from 0 in the first `n` steps"
     order = 100
-    def __init__(self, n): self.n = n
-    def before_fit(self): self.lrs,self.steps = None,0
+    def __init__(self, n): self.n,self.steps,self.lrs = n,0,None
     def before_step(self):
-        if self.lrs is None: self.lrs = [o['lr'] for o in self.opt.hypers]
-        share = min(1., (self.steps+1)/self.n)
-        self.opt.set_hyper('lr', [o*share for o in self.lrs])
+        if self.steps >= self.n: return
+        self.lrs = [o['lr'] for o in self.opt.hypers]
+        self.opt.set_hyper('lr', [o*(self.steps+1)/self.n for o in self.lrs])
+    def after_step(self):
         self.steps += 1
+        self.after_cancel_batch()
+    def after_cancel_batch(self):
+        if self.lrs is not None: self.opt.set_hyper('lr', self.lrs)
+        self.lrs = None
 
 # %% ../nbs/13_study.ipynb #7a2c0013
 def _ready(get_learner, plan, bs, seed):
@@ -321,11 +336,12 @@ def _callbacks(plan, most):
     if plan.dynamics: cbs.append(Dynamics(log))
     return cbs
 
-def _train(learn, plan, lr, cbs):
+def _train(make, plan, lr, cbs):
     "Train, and say how it ended"
     log,fit = cbs[0],plan.fit or (Learner.fit_one_cycle if plan.kind=='course' else Learner.fit)
-    learn.add_cbs(cbs)
     try:
+        learn = make()
+        learn.add_cbs(cbs)
         with learn.no_logging(): fit(learn, plan.epochs or 1_000_000, lr)
     except Exception as e:
         if out_of_memory(e): return 'out of memory'
@@ -336,7 +352,7 @@ def _train(learn, plan, lr, cbs):
 
 # %% ../nbs/13_study.ipynb #7a2c0014
 def _best(history, name):
-    values = [o[name] for o in history if math.isfinite(o[name])]
+    values = [o[name] for o in history if o[name] is not None and math.isfinite(o[name])]
     if not values: return math.nan
     return max(values) if larger_is_better(name) else min(values)
 
@@ -349,19 +365,19 @@ def run(
     most:float=math.inf # Steps after which a training to a target is given up
 )->dict: # The row
     "One training of a study"
-    learn = _ready(get_learner, plan, bs, seed)
+    gc.collect() # a learner goes only now: it refers to itself
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
     cbs = _callbacks(plan, most)
-    end,log = _train(learn, plan, lr, cbs),cbs[0]
-    row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, end=end)
+    end,log = _train(partial(_ready, get_learner, plan, bs, seed), plan, lr, cbs),cbs[0]
+    row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most, end=end)
     row |= dict(reached=end in ('reached','ended'), diverged=end=='diverged')
-    steps,seconds = getattr(log, 'steps', 0),getattr(log, 'seconds', 0.)
-    row |= dict(steps=steps, examples=getattr(log, 'examples', 0), seconds=seconds)
-    row |= dict(step_time=seconds/steps if steps else math.nan, items_per_second=row['examples']/seconds if seconds else math.nan)
-    history = getattr(log, 'history', [])
-    if history:
+    row |= dict(steps=log.steps, examples=log.examples, seconds=log.seconds)
+    row |= dict(step_time=log.seconds/log.steps if log.steps else math.nan,
+                items_per_second=log.examples/log.seconds if log.seconds else math.nan)
+    if history := log.history:
         last,names = history[-1],[k for k in history[-1] if k not in ('step','examples','seconds','train_loss')]
         row |= {k: last[k] for k in ('train_loss',*names)} | {f'best_{k}': _best(history, k) for k in names}
-    if plan.dynamics and hasattr(cbs[-1], 'norms'):
+    if plan.dynamics and cbs[-1].first:
         try: row |= cbs[-1].facts()
         except Exception as e: warn(f"the dynamics of a run could not be computed: {type(e).__name__}: {e}")
     return row
@@ -396,11 +412,17 @@ class Study:
         same = (o for o in self.rows if o['bs']==bs and o['seed']==seed and math.isclose(o['lr'], lr, rel_tol=1e-6))
         return next(same, None)
 
+    def lacks(self, bs, lr, seed, most):
+        "Is there no such run yet, or only one that was given up earlier than now?"
+        row = self.find(bs, lr, seed)
+        return row is None or (row['end']=='given up' and row['steps'] < most and row.get('most', math.inf) < most)
+
     def add(self,
         row:dict # Of a finished run
     ):
         "Add a row, and write the table"
-        self.rows.append(row)
+        old = self.find(row['bs'], row['lr'], row['seed'])
+        self.rows = [o for o in self.rows if o is not old] + [row]
         if self.path is not None: _write(self.path/'runs.csv', self.df.to_csv(index=False))
 
 # %% ../nbs/13_study.ipynb #7a2c0018
@@ -408,7 +430,7 @@ def _settings(plan):
     "What rows have to agree in, as JSON has it"
     res = {k: getattr(plan, k) for k in 'kind target metric epochs micro_bs max_examples max_seconds warmup dynamics'.split()}
     res['fit'] = getattr(plan.fit, '__qualname__', None if plan.fit is None else type(plan.fit).__name__)
-    return {k: str(v) if v==math.inf else v for k,v in res.items()}
+    return {k: str(v) if v==math.inf else v.item() if hasattr(v, 'item') else v for k,v in res.items()}
 
 @patch
 def resume(self:Study):
@@ -444,8 +466,8 @@ def score(self:Study,
     "Median steps to the target, or the median result of a course"
     name = self.plan.metric
     sign = -1 if self.plan.kind=='course' and larger_is_better(name) else 1
-    values = [sign*o['steps' if self.plan.kind=='target' else name] if o['reached'] else math.inf for o in rows]
-    return float(np.median(values)) if values else math.inf
+    values = [sign*o.get('steps' if self.plan.kind=='target' else name, math.inf) if o['reached'] else math.inf for o in rows]
+    return float(np.median(np.nan_to_num(values, nan=math.inf, posinf=math.inf))) if values else math.inf
 
 @patch
 def best(self:Study)->pd.DataFrame: # A row per batch size at which any learning rate has worked
@@ -469,6 +491,7 @@ def _why_none(self:Study):
     name,df = f'best_{self.plan.metric}',self.df
     if name not in df or df[name].isna().all(): return f"none of the {len(df)} runs has worked: {df.end.iloc[0]}"
     row = df.loc[df[name].idxmax() if larger_is_better(name) else df[name].idxmin()]
+    if self.plan.target is None: return f"none of the {len(df)} runs has worked: {', '.join(df.end.unique())}"
     return (f"none of the {len(df)} runs reached {self.plan.metric} {self.plan.target:g}; the best was {row[name]:.4g}, "
             f"at batch size {row.bs} and learning rate {row.lr:.2g}. Choose a target that can be reached, or train longer")
 
@@ -525,7 +548,7 @@ class _Engine:
 
     def rows(self, tasks):
         "The rows of all `tasks`: batch size, learning rate, seed and most steps"
-        todo = [o for o in tasks if self.study.find(*o[:3]) is None]
+        todo = [o for o in dict.fromkeys(tasks) if self.study.lacks(*o)]
         call = partial(_job, self.get_learner, self.study.plan, torch.get_num_threads())
         if self.n_jobs==1: new = (run(self.get_learner, self.study.plan, *o) for o in todo)
         else: new = Parallel(n_jobs=self.n_jobs, return_as='generator_unordered')(delayed(call)(o) for o in todo)
@@ -583,7 +606,7 @@ def train_all(self:_Engine, lrs):
 # %% ../nbs/13_study.ipynb #7a2c0020
 _rules = 'constant','linear','sqrt','noise'
 
-def _check_numbers(bss, target, epochs, n_seeds, lrs, lr):
+def _check_numbers(bss, target, epochs, n_seeds, lrs, lr, fit):
     if not len(bss) or not all(is_whole(o) and o >= 1 for o in bss): raise ValueError(
         f"bss must be whole numbers, at least 1, got {bss!r}")
     if target is None and epochs is None: raise ValueError(
@@ -591,6 +614,8 @@ def _check_numbers(bss, target, epochs, n_seeds, lrs, lr):
     for nm,v in (('epochs',epochs), ('n_seeds',n_seeds)):
         if v is not None and not (is_whole(v) and v >= 1): raise ValueError(f"{nm} must be a whole number, at least 1, got {v!r}")
     if target is not None and not is_number(target): raise ValueError(f"target must be a number, got {target!r}")
+    if target is not None and fit is not None and epochs is None: raise ValueError(
+        "a schedule needs to know its length: pass epochs= with fit=")
     if isinstance(lrs, str) and lrs not in ('tuned',*_rules): raise ValueError(
         f"lrs must be learning rates, 'tuned', or one of {', '.join(map(repr, _rules))}, got {lrs!r}")
     if isinstance(lrs, str) and lr is None: raise ValueError(f"lrs={lrs!r} starts from a learning rate: pass it as lr=")
@@ -603,7 +628,7 @@ def _check_loader(learn, bs, plan):
     if found!=wanted: raise ValueError(
         f"get_learner({wanted}) returned a learner whose training batches have {found} items: let it hand the number on to the "
         "loader, as `dls.with_bs(bs)` does")
-    if len(learn.dls.loaders) < 2 or not n_items(learn.dls.valid): raise ValueError(
+    if len(learn.dls.loaders) < 2 or n_items(learn.dls.valid)==0: raise ValueError(
         "there is no validation set, so nothing to judge a training by: build the loaders with one")
     if plan.micro_bs and bs%plan.micro_bs: raise ValueError(f"batches of {bs} can't be made of micro-batches of {plan.micro_bs}")
 
@@ -641,6 +666,12 @@ def _lrs_by_rule(rule, bss, lr, lr_bs, noise_scale, opt):
     power = .5 if rule=='sqrt' or (rule=='noise' and is_adaptive(opt)) else 1.
     return {bs: [lr*lr_factor(lr_bs, bs, noise_scale if rule=='noise' else math.inf, power)] for bs in bss}
 
+def _say_what_is_missing(study, bss):
+    if not study.df.reached.any(): return warn(study._why_none(), stacklevel=3)
+    missing = set(bss)-set(study.best().index)
+    if missing: warn(f"no learning rate has worked at batch size {', '.join(map(str, sorted(missing)))}", stacklevel=3)
+
+# %% ../nbs/13_study.ipynb #7a2c0026
 def bs_study(
     get_learner:callable, # `get_learner(bs)` returns a new learner with batches of `bs`
     bss:list, # Batch sizes
@@ -657,14 +688,14 @@ def bs_study(
     micro_bs:int=None, # Reach batch sizes by accumulating gradients of batches of this size
     max_examples:float=math.inf, # A run to a target is given up after so many
     max_seconds:float=math.inf, # Likewise
-    warmup:int=0, # Steps in which a constant rate rises from 0
+    warmup:int=0, # Steps in which the learning rate rises from 0
     noise_scale:float=None, # For the rule 'noise'
     dynamics:bool=False, # Record how the weights move, and how sharp the minimum is
     progress:bool=True # Show a bar with the time left
 )->Study: # With a row per run, pictures and fits
     "Train at several batch sizes and learning rates"
     bss = [bss] if is_whole(bss) else [int(o) if is_whole(o) else o for o in bss]
-    _check_numbers(bss, target, epochs, n_seeds, lrs, lr)
+    _check_numbers(bss, target, epochs, n_seeds, lrs, lr, fit)
     plan = Plan(target, metric, epochs, fit, micro_bs, max_examples, max_seconds, warmup, dynamics)
     learn,study = _check_learners(get_learner, bss, plan),Study(plan=plan, path=path)
     if study.path is not None: study.resume()
@@ -675,10 +706,10 @@ def bs_study(
     bar = progress_bar(range(total), leave=False) if progress else None
     if bar: bar.update(0)
     engine = _Engine(study, get_learner, range(n_seeds), n_jobs, bar)
-    try: engine.tune_all(bss, lr, lr_bs) if tuned else engine.train_all(lrs)
+    try: engine.tune_all(bss, float(as_lr(lr)), lr_bs) if tuned else engine.train_all(lrs)
     finally:
         if bar: bar.on_iter_end()
-    if target is not None and not study.df.reached.any(): warn(study._why_none())
+    _say_what_is_missing(study, bss)
     return study
 
 # %% ../nbs/13_study.ipynb #7a2c0053

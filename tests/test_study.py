@@ -10,7 +10,7 @@ from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD
 from fastai_bs_finder.all import bs_study, Study
 from fastai_bs_finder.stats import fit_steps, regimes
-from fastai_bs_finder.study import Plan, RunLog, ToTarget, run
+from fastai_bs_finder.study import larger_is_better, Plan, RunLog, ToTarget, run
 from helpers import loaders, plain_learner
 from torch import nn
 
@@ -74,6 +74,17 @@ def test_all_items_are_judged_by():
         return get_learner(bs, cbs=Count())
     for bs in (16,256): run(counted, Plan(epochs=1), bs, .1)
     assert set(seen)=={len(loaders().valid_ds)}
+
+def test_a_schedule_of_several_fits():
+    "As `fine_tune`, which fits twice: all of it counts"
+    def twice(learn, epochs, lr): learn.fit(1, lr), learn.fit(epochs, lr/2)
+    row = run(get_learner, Plan(epochs=2, fit=twice, dynamics=True), 64, .1)
+    assert (row['steps'],row['end'])==(24,'ended') and row['distance'] > 0
+    row = run(get_learner, Plan(target=2., epochs=60, fit=twice), 64, .1)
+    assert row['end']=='reached' and 8 < row['steps'] < 8*61
+
+@pytest.mark.parametrize('name,larger', [('accuracy',True), ('_rmse',False), ('mae',False), ('error_rate',False), ('R2Score',True)])
+def test_which_way_is_better(name, larger): assert larger_is_better(name)==larger
 
 def test_warm_up():
     lrs = []
@@ -157,7 +168,26 @@ def test_processes_make_the_same_table():
 
 def test_other_settings_are_refused(tmp_path):
     study(path=tmp_path)
+    assert study(path=tmp_path).df.steps.max() > 0
     with pytest.raises(ValueError, match=r'holds a study with target=1.0, which is not what was asked for'): study(path=tmp_path, target=.9)
+
+def test_what_was_given_up_is_made_again_where_more_is_allowed(tmp_path):
+    "As in a grid in the folder of a tuned study, in which a learning rate could not win any more"
+    whole = study(path=tmp_path)
+    df = pd.read_csv(tmp_path/'runs.csv', float_precision='round_trip')
+    df.loc[2, ['end','reached','most','steps']] = 'given up',False,10.,12
+    df.to_csv(tmp_path/'runs.csv', index=False)
+    assert Study.load(tmp_path).df.end[2]=='given up'
+    assert_alike(study(path=tmp_path), whole)
+
+def test_a_learner_that_cannot_be_built_is_a_row():
+    made = []
+    def breaks(bs):
+        made.append(bs)
+        if len(made) > 3: raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+        return get_learner(bs)
+    with pytest.warns(UserWarning, match='none of the 4 runs has worked: out of memory'): res = study(breaks, lrs=[.1])
+    assert set(res.df.end)=={'out of memory'}
 
 def test_tuned_rates():
     "In factors of two, up and down, until it gets worse; what can't win is given up"
@@ -179,7 +209,7 @@ def test_rates_by_a_rule(rule, lrs):
     (dict(n_seeds=0), 'n_seeds must be a whole number'), (dict(target='low'), 'target must be a number'),
     (dict(metric='f1'), "there is no 'f1' to judge by, only 'valid_loss', 'accuracy'"), (dict(bss=[1024]), 'more than the 512 items'),
     (dict(bss=[24], micro_bs=16), "can't be made of micro-batches of 16"), (dict(lrs=[-.1]), 'lr must be positive'),
-    (dict(target=3.), 'is reached already'), (dict(lrs='noise', lr=.1), 'needs noise_scale')])
+    (dict(target=3.), 'is reached already'), (dict(fit=Learner.fit_one_cycle), 'a schedule needs to know its length'), (dict(lrs='noise', lr=.1), 'needs noise_scale')])
 def test_bad_input(kwargs, words):
     made = []
     def counted(bs): made.append(bs); return get_learner(bs)
