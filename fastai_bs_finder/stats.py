@@ -187,7 +187,7 @@ class StepsFit(NamedTuple):
         bs:float # Batch size, or an array of them
     )->float: # Steps
         "The curve (arXiv 1812.06162, eq. 2.11 with the least number of examples in place of the critical batch size)"
-        return self.least*(1+self.critical/bs)
+        return self.least*relative_steps(bs, self.critical)
 
 _far = 1000 # times the largest batch size, and below the smallest: further away a critical batch size is infinite, or 0
 

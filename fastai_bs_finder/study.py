@@ -7,7 +7,7 @@ __all__ = ['RunLog', 'valid_names', 'larger_is_better', 'ToTarget', 'Dynamics', 
            'run', 'Study', 'bs_study']
 
 # %% ../nbs/13_study.ipynb #7a2c0005
-import gc, json, math, os, random, time
+import json, math, os, random, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from .stats import Regimes, StepsFit, fit_steps, is_number, is_whole, regimes as
 from .state import saved_random_state
 from .loaders import CountedBatches, batch_size, items_of, n_items
 from .recorder import legend_above, log2_axis, short_number
-from .profile import out_of_memory
+from .profile import _give_back, out_of_memory
 from .lr import as_lr, lr_factor, is_adaptive
 
 # %% ../nbs/13_study.ipynb #7a2c000b
@@ -78,10 +78,10 @@ def _loss(rec):
     return float(rec.smooth_loss.value) if rec.smooth_loss.count else math.nan
 
 def valid_names(
-    rec:Recorder # Of a fit that has begun
+    o # Learner or recorder: what has `metrics`
 )->list: # The loss first
     "Names of what a validation computes"
-    return ['valid_loss', *(o.name for o in rec.metrics)]
+    return ['valid_loss', *(m.name for m in o.metrics)]
 
 # %% ../nbs/13_study.ipynb #7a2c000e
 _falling = 'loss','error','mse','mae','mape','msle','rmspe','perplexity','hamming' # fastai's names of metrics that are errors
@@ -91,6 +91,8 @@ def larger_is_better(
 )->bool:
     "What is called a loss or an error, or is known as one, is to fall; anything else is to rise"
     return not any(o in metric.lower() for o in _falling)
+
+def _is_good(value, target, metric): return value >= target if larger_is_better(metric) else value <= target
 
 @contextmanager
 def _aside(learn):
@@ -151,8 +153,7 @@ def _judge(self:ToTarget):
     history,log = self.log.history,self.log
     if log.diverged(history[0]['valid_loss']): return 'diverged'
     mean = sum(o[self.metric] for o in history[-3:])/3
-    good = mean >= self.target if larger_is_better(self.metric) else mean <= self.target
-    if good and len(history) > 3: return 'reached' # the first was before any training
+    if _is_good(mean, self.target, self.metric) and len(history) > 3: return 'reached' # the first was before any training
     if any(getattr(log, k) >= v for k,v in self.most.items()): return 'given up'
 
 # %% ../nbs/13_study.ipynb #7a2c0031
@@ -365,8 +366,7 @@ def run(
     most:float=math.inf # Steps after which a training to a target is given up
 )->dict: # The row
     "One training of a study"
-    gc.collect() # a learner goes only now: it refers to itself
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    _give_back(torch.device('cuda' if torch.cuda.is_available() else 'cpu')) # a learner goes only now: it refers to itself
     cbs = _callbacks(plan, most)
     end,log = _train(partial(_ready, get_learner, plan, bs, seed), plan, lr, cbs),cbs[0]
     row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most, end=end)
@@ -459,14 +459,16 @@ def load(cls:Study,
     return res
 
 # %% ../nbs/13_study.ipynb #7a2c001a
+@patch(as_prop=True)
+def _sign(self:Study): return -1 if self.plan.kind=='course' and larger_is_better(self.plan.metric) else 1
+
 @patch
 def score(self:Study,
     rows:list # Of one batch size and learning rate, a row per seed
 )->float: # Lower is better; `inf` where half of them failed
     "Median steps to the target, or the median result of a course"
-    name = self.plan.metric
-    sign = -1 if self.plan.kind=='course' and larger_is_better(name) else 1
-    values = [sign*o.get('steps' if self.plan.kind=='target' else name, math.inf) if o['reached'] else math.inf for o in rows]
+    sign,name = self._sign,'steps' if self.plan.kind=='target' else self.plan.metric
+    values = [sign*o.get(name, math.inf) if o['reached'] else math.inf for o in rows]
     return float(np.median(np.nan_to_num(values, nan=math.inf, posinf=math.inf))) if values else math.inf
 
 @patch
@@ -636,11 +638,11 @@ def _check_loader(learn, bs, plan):
 def _check_target(learn, plan):
     "Can it be reached, and is it not reached already?"
     learn.remove_cbs(learn._grab_cbs(ProgressCallback))
-    names = ['valid_loss', *(o.name for o in learn.metrics)]
+    names = valid_names(learn)
     if plan.metric not in names: raise ValueError(f"there is no {plan.metric!r} to judge by, only {', '.join(map(repr, names))}")
     if plan.kind!='target': return
     with learn.no_logging(): value = float(learn.validate()[names.index(plan.metric)])
-    if (value >= plan.target) if larger_is_better(plan.metric) else (value <= plan.target): raise ValueError(
+    if _is_good(value, plan.target, plan.metric): raise ValueError(
         f"{plan.metric} is {value:.4g} before any training, so the target of {plan.target:g} is reached already: "
         "choose a better one")
 
@@ -722,6 +724,15 @@ def _axes(ylabel, xlabel='Batch size'):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return fig,ax
 
+def _points(ax, bs, values, **labels):
+    "A point for each run, and a line through the medians, which are returned"
+    ax.plot(bs, values, 'o', color=_blue, ms=4, alpha=.6, label=labels.get('runs'))
+    med = values.groupby(bs).median()
+    ax.plot(med.index, med, color=_blue, lw=1, label=labels.get('median'))
+    log2_axis(ax.xaxis)
+    return med
+
+# %% ../nbs/13_study.ipynb #7a2c0060
 @patch
 def plot_steps(self:Study,
     critical:float=None, # Critical batch size to mark, as `bs_find` suggests it
@@ -753,11 +764,9 @@ def plot_time(self:Study,
     "Plot the seconds of training over the batch size, at the best learning rates"
     good = self._good()
     fig,ax = _axes('Seconds to the target' if self.plan.kind=='target' else 'Seconds of training')
-    ax.plot(good.bs, good.seconds, 'o', color=_blue, ms=4, alpha=.6, label='runs, best learning rate')
-    med = good.groupby('bs').seconds.median()
-    ax.plot(med.index, med, color=_blue, lw=1, label='median')
+    med = _points(ax, good.bs, good.seconds, runs='runs, best learning rate', median='median')
     ax.axvline(med.idxmin(), color=_green, ls='--', label=f'soonest: {med.idxmin():,}')
-    log2_axis(ax.xaxis), log2_axis(ax.yaxis)
+    log2_axis(ax.yaxis)
     legend_above(ax, 2.2)
     if return_fig: return fig
 
@@ -769,11 +778,10 @@ def plot_lr(self:Study,
     "Plot the result over the learning rate, a curve per batch size; a ring marks a best one at the edge of what was tried"
     best,df,name = self.best(),self.df,self.plan.metric
     fig,ax = _axes('Steps to the target' if self.plan.kind=='target' else name, 'Learning rate')
-    sign = -1 if self.plan.kind=='course' and larger_is_better(name) else 1
     sizes = sorted(df.bs.unique())
     for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
         scores = df[df.bs==bs].groupby('lr')[list(df)].apply(lambda o: self.score(o.to_dict('records')))
-        scores = sign*scores[scores < math.inf]
+        scores = self._sign*scores[scores < math.inf]
         ax.plot(scores.index, scores, 'o-', color=c, ms=4, label=f'{bs:,}')
         if bs in best.index and best.edge[bs]: ax.plot(best.lr[bs], scores[best.lr[bs]], 'o', ms=11, mfc='none', color=_red)
     ax.set_xscale('log')
@@ -791,11 +799,8 @@ def plot_generalisation(self:Study,
     fig,axs = plt.subplots(1, 2, figsize=(11,3.5), layout='constrained')
     gap = good.valid_loss-good.train_loss
     for ax,values,label in ((axs[0],good[name],name), (axs[1],gap,'valid_loss - train_loss')):
-        ax.plot(good.bs, values, 'o', color=_blue, ms=4, alpha=.6)
-        med = values.groupby(good.bs).median()
-        ax.plot(med.index, med, color=_blue, lw=1)
+        _points(ax, good.bs, values)
         ax.set(xlabel='Batch size', ylabel=label)
-        log2_axis(ax.xaxis)
     if return_fig: return fig
 
 # %% ../nbs/13_study.ipynb #7a2c0057
