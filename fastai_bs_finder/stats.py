@@ -244,8 +244,9 @@ def regimes(
     "The three regimes of scaling (arXiv 1811.03600, section 4.1)"
     x,y = np.log2(np.asarray(bs, float)),np.log2(np.asarray(steps, float))
     n = len(x)
-    perfect = max(i for i in range(n) if i==0 or (y[i]-y[0])/(x[i]-x[0]) <= -.9)
-    maximal = min(i for i in range(n) if i==n-1 or (y[-1]-y[i])/(x[-1]-x[i]) > math.log2(.9))
+    def slope(i, j): return (y[j]-y[i])/(x[j]-x[i])
+    perfect = max(i for i in range(n) if i==0 or max(slope(0, i), slope(i-1, i)) <= -.9)
+    maximal = min(i for i in range(n) if i==n-1 or min(slope(i, n-1), slope(i, i+1)) > math.log2(.9))
     maximal = max(maximal, perfect)
     def between(i, j): return (int(bs[i]),int(bs[j])) if i < j else None
     return Regimes(between(0, perfect), between(perfect, maximal), between(maximal, n-1))

@@ -7,8 +7,8 @@ __all__ = ['RunLog', 'valid_names', 'larger_is_better', 'ToTarget', 'Dynamics', 
            'run', 'Study', 'bs_study']
 
 # %% ../nbs/13_study.ipynb #7a2c0005
-import json, math, os, random, time
-from contextlib import contextmanager
+import json, math, os, random, time, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import * # which gives learners `fit_one_cycle`
+from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
@@ -28,10 +29,10 @@ from scipy.optimize import minimize
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .stats import Regimes, StepsFit, fit_steps, is_number, is_whole, regimes as regimes_of
 from .state import saved_random_state
-from .loaders import CountedBatches, batch_size, items_of, n_items
+from .loaders import CountedBatches, batch_size, items_of, n_items, part
 from .recorder import legend_above, log2_axis, short_number
 from .profile import _give_back, out_of_memory
-from .lr import as_lr, lr_factor, is_adaptive
+from .lr import as_lr, scale_lr
 
 # %% ../nbs/13_study.ipynb #7a2c000b
 class RunLog(Callback):
@@ -47,6 +48,12 @@ class RunLog(Callback):
     def halt(self):
         "Stop the clock"
         if self.start is not None: self.seconds,self.start = self.seconds+self._now()-self.start,None
+    @contextmanager
+    def aside(self):
+        "Let the clock stand still"
+        self.halt()
+        yield
+        self.go()
 
     def before_train(self):
         if not isinstance(self.learn.dl, CountedBatches): self.learn.dl = CountedBatches(self.learn.dl)
@@ -67,11 +74,15 @@ class RunLog(Callback):
             step=self.steps, examples=self.examples, seconds=self.seconds, train_loss=_loss(rec),
             **dict(zip(valid_names(rec), values))))
 
-    def diverged(self,
-        first:float # Loss to begin with
-    )->bool: # Also where it is NaN
-        "Has the loss more than doubled?"
-        return not self.history[-1]['valid_loss'] <= first+abs(first)
+# %% ../nbs/13_study.ipynb #7a2c0061
+@patch(as_prop=True)
+def diverged(self:RunLog)->bool:
+    "Are both losses more than twice what they were to begin with, or is one of them no number?"
+    if not self.steps or not self.history: return False
+    begin,last = self.history[0],self.history[-1]
+    first = begin['valid_loss'] if begin['step']==0 else float(self.first_loss)
+    losses = last['train_loss'],last['valid_loss'] # either alone may be high by chance, or until batch norm knows its means
+    return not all(map(math.isfinite, losses)) or min(losses) > first+abs(first)
 
 def _loss(rec):
     "The smoothed loss of the training so far"
@@ -100,13 +111,15 @@ def _aside(learn):
     keep = {k: getattr(learn, k, None) for k in 'dl n_iter iter xb yb pred loss loss_grad'.split()}
     plain = [(m, {k: v for k,v in vars(m).items() if not k.startswith('_')}) for m in learn.model.modules()]
     rec,noted = learn.recorder,list(getattr(learn.recorder, 'log', []))
+    cancelled,rec.cancel_valid = getattr(rec, 'cancel_valid', False),False # also after the last epoch
     try:
         with saved_random_state(): yield
     finally:
         for k,v in keep.items(): setattr(learn, k, v)
         for m,o in plain: vars(m).update(o)
-        rec.log,learn.training = noted,True
+        rec.log,rec.cancel_valid,learn.training = noted,cancelled,True
 
+# %% ../nbs/13_study.ipynb #7a2c0062
 class ToTarget(Callback):
     "Validates from time to time, and ends a training when `target` is reached, when it diverges or when it takes too long"
     order,run_valid = RunLog.order+10,True
@@ -121,7 +134,7 @@ class ToTarget(Callback):
     ):
         self.log,self.target,self.metric = log,target,metric
         self.most = dict(steps=max_steps, examples=max_examples, seconds=max_seconds)
-        self.looking,self.next,self.end = False,0,None
+        self.looking,self.next,self.end,self.looked,self.crossed = False,0,None,0,math.nan
 
     def before_fit(self):
         if self.end: raise CancelFitException() # of a schedule of several fits
@@ -133,8 +146,14 @@ class ToTarget(Callback):
         if not self.training or self.log.steps < self.next: return
         self._look()
         if self.end: raise CancelFitException()
+    def after_fit(self):
+        if not self.end and self.log.steps > self.looked: self._look() # the schedule is over
 
 # %% ../nbs/13_study.ipynb #7a2c000f
+def _middle(looks, metric):
+    "Step and value that three looks stand for"
+    return looks[1]['step'],sum(o[metric] for o in looks)/3
+
 @patch
 def _look(self:ToTarget):
     "Validate, and decide whether to go on"
@@ -143,7 +162,7 @@ def _look(self:ToTarget):
     try:
         with _aside(self.learn), torch.no_grad(): self.learn._do_epoch_validate()
     finally: self.looking = False
-    self.next = math.ceil(self.growth*self.log.steps)+1
+    self.looked,self.next = self.log.steps,math.ceil(self.growth*self.log.steps)+1
     self.end = self._judge()
     if not self.end: self.log.go()
 
@@ -151,9 +170,13 @@ def _look(self:ToTarget):
 def _judge(self:ToTarget):
     "Why to end here; None: go on"
     history,log = self.log.history,self.log
-    if log.diverged(history[0]['valid_loss']): return 'diverged'
-    mean = sum(o[self.metric] for o in history[-3:])/3
-    if _is_good(mean, self.target, self.metric) and len(history) > 3: return 'reached' # the first was before any training
+    if log.diverged: return 'diverged'
+    if (n := len(history)) > 3: # the first was before any training
+        (before,was),(now,mean) = (_middle(history[i-3:i], self.metric) for i in (n-1,n))
+        if _is_good(mean, self.target, self.metric):
+            part = (was-self.target)/(was-mean) if was!=mean else 1.
+            self.crossed = before+min(max(part, 0.), 1.)*(now-before)
+            return 'reached'
     if any(getattr(log, k) >= v for k,v in self.most.items()): return 'given up'
 
 # %% ../nbs/13_study.ipynb #7a2c0031
@@ -180,11 +203,14 @@ class Dynamics(Callback):
         self.first = [[p.detach().clone() for p in g] for g in self.groups]
         self.norms,self.angles,self.distances,self.last,self.move = [],[],[],None,None
 
-    def before_step(self): self.norms.append(_length(p.grad for p in self.ps if p.grad is not None))
+    def before_step(self):
+        with self.log.aside(): self.norms.append(_length(p.grad for p in self.ps if p.grad is not None))
 
     def after_step(self):
         k = self.log.steps%self.every # three steps in a row make two updates
         if k > 2: return
+        with self.log.aside(): self._update(k)
+    def _update(self, k):
         now = [p.detach().clone() for p in self.ps]
         move = torch._foreach_sub(now, self.last) if k and self.last else None
         if k==2 and self.move: self.angles.append(_angle(self.move, move))
@@ -195,22 +221,39 @@ class Dynamics(Callback):
         self.distances.append((self.log.steps, torch.stack(gone)))
 
 # %% ../nbs/13_study.ipynb #7a2c0032
+@contextmanager
+def _as_they_are(dls):
+    "A loader over all items of the training set, without augmentation and in an order that is always the same"
+    dl,still = dls.train,getattr(getattr(dls.train, 'dataset', None), 'set_split_idx', None)
+    if isinstance(dl, DataLoader):
+        dl = dl.new(shuffle=True, drop_last=False)
+        dl.rng = random.Random(0)
+    with still(1) if still else nullcontext(), saved_random_state():
+        set_seed(0)
+        yield dl
+
 def _batches(learn, n):
-    "Batches of the training set, of `n` items or a little more"
+    "Inputs, targets and number of items of batches of the training set, `n` items together"
     res,seen = [],0
-    for b in learn.dls.train:
-        learn._split(b)
-        res.append((learn.xb,learn.yb))
-        seen += len(learn.yb[0])
-        if seen >= n: break
+    with _as_they_are(learn.dls) as dl:
+        for b in dl:
+            learn._split(b)
+            size = items_of((learn.xb,learn.yb))
+            keep = min(size, n-seen)
+            res.append((*part((learn.xb,learn.yb), 0, keep, size), keep))
+            seen += keep
+            if seen >= n: break
     return res
 
+# %% ../nbs/13_study.ipynb #7a2c0063
 def _mean_loss(learn, batches, backward=None):
     "Mean loss in evaluation mode; `backward` is called with each batch's share of it"
-    n,total = sum(len(yb[0]) for _,yb in batches),0.
+    n,total = sum(o[-1] for o in batches),0.
     learn.model.eval()
-    for xb,yb in batches:
-        loss = learn.loss_func(learn.model(*xb), *yb)*len(yb[0])/n
+    for xb,yb,size in batches:
+        if hasattr(learn.model, 'reset'): learn.model.reset() # of a language model
+        pred = learn.model(*xb)
+        loss = learn.loss_func(pred[0] if isinstance(pred, tuple) else pred, *yb)*size/n
         if backward: backward(loss)
         total += float(loss.detach())
     return total
@@ -238,6 +281,8 @@ def hessian_max(
     return res
 
 # %% ../nbs/13_study.ipynb #7a2c0036
+_most = 500_000_000 # numbers in the directions of `sharpness`
+
 def sharpness(
     learn:Learner, # Trained
     eps:float=1e-3, # Size of the box around the weights
@@ -248,6 +293,8 @@ def sharpness(
     "How much higher the loss may be in a small box around the weights (arXiv 1609.04836, metric 2.1)"
     ps,batches = [p for p in learn.model.parameters() if p.requires_grad],_batches(learn, n)
     x = parameters_to_vector(ps).detach().double().cpu().numpy()
+    if n_dims and len(x)*n_dims > _most: raise ValueError(
+        f"{n_dims} directions of {len(x):,} parameters do not fit into {8*_most/1e9:.0f} GB")
     a = None if n_dims is None else np.random.default_rng(seed).standard_normal((len(x), n_dims))
     if a is not None: a /= np.linalg.norm(a, axis=0)
     at = np.zeros(len(x) if a is None else n_dims)
@@ -280,8 +327,12 @@ def facts(self:Dynamics)->dict:
     way = [[step, float(o.square().sum().sqrt()), *o.tolist()] for step,o in self.distances]
     if way: res |= dict(distance=way[-1][1], **{f'distance_{i}': v for i,v in enumerate(way[-1][2:])})
     res['distances'] = json.dumps([[round(v, 6) for v in o] for o in way]) # step, whole, each group
-    learn = self.learn
-    return res | dict(hessian_max=hessian_max(learn), sharpness=sharpness(learn), sharpness_100=sharpness(learn, n_dims=100))
+    for nm,f in (('hessian_max',hessian_max), ('sharpness',sharpness), ('sharpness_100',partial(sharpness, n_dims=100))):
+        try: res[nm] = f(self.learn)
+        except Exception as e:
+            warn(f"{nm} of a run could not be computed: {type(e).__name__}: {e}")
+            res[nm] = math.nan
+    return res
 
 # %% ../nbs/13_study.ipynb #7a2c0012
 @dataclass
@@ -324,7 +375,8 @@ def _ready(get_learner, plan, bs, seed):
         if hasattr(dl, 'rng'): dl.rng = random.Random(seed) # a loader that was made before goes on from its state
         if i and isinstance(dl, DataLoader): dl.drop_last = False # the same items are judged by at all batch sizes
     set_seed(seed)
-    learn.remove_cbs(learn._grab_cbs(ProgressCallback))
+    no_use = ProgressCallback if plan.kind=='course' else (ProgressCallback,TrackerCallback) # these need a validation an epoch
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, no_use)])
     if plan.micro_bs and plan.micro_bs < bs: learn.add_cb(GradientAccumulation(bs))
     return learn
 
@@ -349,9 +401,16 @@ def _train(make, plan, lr, cbs):
         return f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
     finally: log.halt()
     if plan.kind=='target': return cbs[1].end or 'given up'
-    return 'diverged' if log.history and log.diverged(float(log.first_loss)) else 'ended'
+    return 'diverged' if log.diverged else 'ended'
 
 # %% ../nbs/13_study.ipynb #7a2c0014
+def _train_loss(learn, cbs):
+    "Mean over the training set in evaluation mode; what fastai shows lags behind, by more examples the larger batches are"
+    try:
+        with learn.removed_cbs(cbs), learn.no_logging(), _as_they_are(learn.dls) as dl: return float(learn.validate(dl=dl)[0])
+    except Exception as e: warn(f"the loss on the training set could not be computed: {type(e).__name__}: {e}")
+    return math.nan
+
 def _best(history, name):
     values = [o[name] for o in history if o[name] is not None and math.isfinite(o[name])]
     if not values: return math.nan
@@ -372,23 +431,34 @@ def run(
     row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most, end=end)
     row |= dict(reached=end in ('reached','ended'), diverged=end=='diverged')
     row |= dict(steps=log.steps, examples=log.examples, seconds=log.seconds)
+    if plan.kind=='target': row['steps_to_target'] = cbs[1].crossed
     row |= dict(step_time=log.seconds/log.steps if log.steps else math.nan,
                 items_per_second=log.examples/log.seconds if log.seconds else math.nan)
     if history := log.history:
         last,names = history[-1],[k for k in history[-1] if k not in ('step','examples','seconds','train_loss')]
         row |= {k: last[k] for k in ('train_loss',*names)} | {f'best_{k}': _best(history, k) for k in names}
-    if plan.dynamics and cbs[-1].first:
-        try: row |= cbs[-1].facts()
-        except Exception as e: warn(f"the dynamics of a run could not be computed: {type(e).__name__}: {e}")
+        if plan.kind=='course': row['train_loss'] = _train_loss(log.learn, cbs)
+    if plan.dynamics and cbs[-1].first: row |= cbs[-1].facts()
     return row
 
 # %% ../nbs/13_study.ipynb #7a2c0017
 def _write(path, text):
-    "All or nothing"
-    new = path.with_suffix('.new')
-    new.write_text(text)
+    "All or nothing, also where the power fails"
+    new = path.with_suffix(f'.{os.getpid()}.new')
+    with open(new, 'w', encoding='utf-8', newline='') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(new, path)
 
+def _read(path):
+    "The rows of a table, exactly as they were; none if there is no table yet"
+    if not path.exists(): return []
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # newer versions of pandas always do it
+        return pd.read_csv(path, float_precision='round_trip', encoding='utf-8').to_dict('records')
+
+# %% ../nbs/13_study.ipynb #7a2c0064
 class Study:
     "Trainings at several batch sizes and learning rates, a row each"
     def __init__(self,
@@ -420,23 +490,30 @@ class Study:
     def add(self,
         row:dict # Of a finished run
     ):
-        "Add a row, and write the table"
+        "Add a row, and write the table, with what another process has added meanwhile"
+        there = [] if self.path is None else _read(self.path/'runs.csv')
+        self.rows += [o for o in there if not self.find(o['bs'], o['lr'], o['seed'])]
         old = self.find(row['bs'], row['lr'], row['seed'])
         self.rows = [o for o in self.rows if o is not old] + [row]
         if self.path is not None: _write(self.path/'runs.csv', self.df.to_csv(index=False))
 
 # %% ../nbs/13_study.ipynb #7a2c0018
+def _name(f):
+    "What tells one schedule from another, where only text can be kept"
+    if not isinstance(f, partial): return getattr(f, '__qualname__', type(f).__name__)
+    return f"{_name(f.func)}({', '.join([*map(repr, f.args), *(f'{k}={v!r}' for k,v in f.keywords.items())])})"
+
 def _settings(plan):
     "What rows have to agree in, as JSON has it"
     res = {k: getattr(plan, k) for k in 'kind target metric epochs micro_bs max_examples max_seconds warmup dynamics'.split()}
-    res['fit'] = getattr(plan.fit, '__qualname__', None if plan.fit is None else type(plan.fit).__name__)
+    res['fit'] = None if plan.fit is None else _name(plan.fit)
     return {k: str(v) if v==math.inf else v.item() if hasattr(v, 'item') else v for k,v in res.items()}
 
 @patch
 def resume(self:Study):
     "Take in what an earlier call has left in the folder"
     self.path.mkdir(parents=True, exist_ok=True)
-    kept,runs,now = self.path/'study.json',self.path/'runs.csv',_settings(self.plan)
+    kept,now = self.path/'study.json',_settings(self.plan)
     if kept.exists():
         was = json.loads(kept.read_text())
         differ = [f'{k}={was.get(k)!r}' for k in now if was.get(k)!=now[k]]
@@ -444,7 +521,7 @@ def resume(self:Study):
             f"{self.path} holds a study with {', '.join(differ)}, which is not what was asked for now: pass another `path`, "
             "or remove that folder")
     else: _write(kept, json.dumps(now, indent=1))
-    if runs.exists(): self.rows = pd.read_csv(runs, float_precision='round_trip').to_dict('records')
+    self.rows = _read(self.path/'runs.csv')
 
 @patch(cls_method=True)
 def load(cls:Study,
@@ -452,10 +529,11 @@ def load(cls:Study,
 )->Study:
     "A study that was kept"
     path = Path(path)
+    if not (path/'study.json').exists(): raise ValueError(f"{path} has no study.json, so it is not the folder of a study")
     was = {k: v for k,v in json.loads((path/'study.json').read_text()).items() if k not in ('kind','fit')}
     was |= {k: math.inf for k in ('max_examples','max_seconds') if was.get(k)=='inf'}
     res = cls(plan=Plan(**was), path=path)
-    res.rows = pd.read_csv(path/'runs.csv', float_precision='round_trip').to_dict('records')
+    res.rows = _read(path/'runs.csv')
     return res
 
 # %% ../nbs/13_study.ipynb #7a2c001a
@@ -467,7 +545,7 @@ def score(self:Study,
     rows:list # Of one batch size and learning rate, a row per seed
 )->float: # Lower is better; `inf` where half of them failed
     "Median steps to the target, or the median result of a course"
-    sign,name = self._sign,'steps' if self.plan.kind=='target' else self.plan.metric
+    sign,name = self._sign,'steps_to_target' if self.plan.kind=='target' else self.plan.metric
     values = [sign*o.get(name, math.inf) if o['reached'] else math.inf for o in rows]
     return float(np.median(np.nan_to_num(values, nan=math.inf, posinf=math.inf))) if values else math.inf
 
@@ -480,7 +558,7 @@ def best(self:Study)->pd.DataFrame: # A row per batch size at which any learning
         lrs = {lr: rows.to_dict('records') for lr,rows in o.groupby('lr') if rows.seed.nunique()==o.seed.nunique()}
         scores = {lr: self.score(rows) for lr,rows in lrs.items()}
         if not scores or min(scores.values())==math.inf: continue
-        lr = min(scores, key=scores.get)
+        lr = min((o for o in scores if scores[o] < math.inf), key=lambda o: (not all(r['reached'] for r in lrs[o]), scores[o]))
         good = pd.DataFrame([r for r in lrs[lr] if r['reached']]).median(numeric_only=True)
         tried = sorted(o.lr.unique())
         res.append(good.to_dict() | dict(bs=int(bs), lr=lr, edge=len(tried) > 1 and lr in (tried[0],tried[-1])))
@@ -498,6 +576,12 @@ def _why_none(self:Study):
             f"at batch size {row.bs} and learning rate {row.lr:.2g}. Choose a target that can be reached, or train longer")
 
 # %% ../nbs/13_study.ipynb #7a2c001b
+def _alone(rows):
+    "Can the seconds be compared? Runs side by side slow each other down"
+    return 'alone' not in rows or rows.alone.all()
+
+_no_target = "courses have as many steps as they are given: train to a target, with `target=`"
+
 @patch
 def _good(self:Study):
     "The runs at the best learning rate of each batch size that have reached the target"
@@ -508,17 +592,16 @@ def _good(self:Study):
 @patch
 def critical(self:Study)->StepsFit:
     "The critical batch size fitted to the steps of the best learning rates, with its 95% interval (`fit_steps`)"
-    if self.plan.kind!='target': raise ValueError(
-        "courses have as many steps as they are given: a critical batch size needs a target")
+    if self.plan.kind!='target': raise ValueError(_no_target)
     good = self._good()
-    return fit_steps(good.bs, good.steps)
+    return fit_steps(good.bs, good.steps_to_target)
 
 @patch
 def regimes(self:Study)->Regimes:
     "The three regimes of scaling (`stats.regimes`)"
     best = self.best()
     if len(best) < 2: raise ValueError("regimes need at least two batch sizes")
-    return regimes_of(best.index, best.steps)
+    return regimes_of(best.index, best.steps_to_target)
 
 @patch
 def summary(self:Study)->str:
@@ -529,8 +612,10 @@ def summary(self:Study)->str:
         name = self.plan.metric
         bs = best[name].idxmax() if larger_is_better(name) else best[name].idxmin()
         return f"{name} is best at batch size {bs:,}, {best[name][bs]:.4g}"
-    bs = best.seconds.idxmin()
+    by = 'seconds' if _alone(self._good()) else 'steps_to_target'
+    bs = best[by].idxmin()
     what = f"the target is reached soonest at batch size {bs:,}, in {best.seconds[bs]:.3g} s"
+    if by!='seconds': what = f"the target is reached in the fewest steps at batch size {bs:,}, in {best[by][bs]:,.0f}"
     if len(best) < 3: return what
     fit = self.critical()
     ends = f"{short_number(fit.lower)} to {short_number(fit.upper)}"
@@ -546,11 +631,12 @@ class _Engine:
     "Makes the runs that a study has not yet, and shows how far it is"
     patience = 1.5 # times the steps of the best learning rate so far
     def __init__(self, study, get_learner, seeds, n_jobs, bar):
-        self.study,self.get_learner,self.seeds,self.n_jobs,self.bar = study,get_learner,seeds,n_jobs,bar
+        self.study,self.get_learner,self.seeds,self.n_jobs,self.bar,self.done = study,get_learner,seeds,n_jobs,bar,0
 
     def rows(self, tasks):
         "The rows of all `tasks`: batch size, learning rate, seed and most steps"
         todo = [o for o in dict.fromkeys(tasks) if self.study.lacks(*o)]
+        if self.bar is not None: self.bar.total = max(self.bar.total, self.done+len(todo))
         call = partial(_job, self.get_learner, self.study.plan, torch.get_num_threads())
         if self.n_jobs==1: new = (run(self.get_learner, self.study.plan, *o) for o in todo)
         else: new = Parallel(n_jobs=self.n_jobs, return_as='generator_unordered')(delayed(call)(o) for o in todo)
@@ -561,10 +647,9 @@ class _Engine:
 
     def _say(self, row):
         if self.bar is None: return
-        n = len(self.study.rows)
-        self.bar.total = max(self.bar.total, n)
+        self.done += 1
         self.bar.comment = f"bs {row['bs']}, lr {row['lr']:.2g}, seed {row['seed']}: {row['end']} after {row['steps']} steps"
-        self.bar.update(n)
+        self.bar.update(self.done)
 
     def scored(self, bs, lr, most=math.inf):
         "How good a learning rate is, over all seeds"
@@ -603,24 +688,40 @@ def tune_all(self:_Engine, bss, lr, lr_bs):
 @patch
 def train_all(self:_Engine, lrs):
     "The learning rates of each batch size"
-    self.rows([(bs, float(lr), seed, math.inf) for bs,o in lrs.items() for lr in o for seed in self.seeds])
+    self.rows([(bs, lr, seed, math.inf) for bs,o in lrs.items() for lr in o for seed in self.seeds])
 
 # %% ../nbs/13_study.ipynb #7a2c0020
-_rules = 'constant','linear','sqrt','noise'
+_rules = 'constant','linear','sqrt','noise','auto'
 
-def _check_numbers(bss, target, epochs, n_seeds, lrs, lr, fit):
+def _check_numbers(bss, target, epochs, lrs, lr, fit):
     if not len(bss) or not all(is_whole(o) and o >= 1 for o in bss): raise ValueError(
         f"bss must be whole numbers, at least 1, got {bss!r}")
     if target is None and epochs is None: raise ValueError(
         "say how long to train: `target=` for a validation loss to reach, or `epochs=` for a course")
-    for nm,v in (('epochs',epochs), ('n_seeds',n_seeds)):
-        if v is not None and not (is_whole(v) and v >= 1): raise ValueError(f"{nm} must be a whole number, at least 1, got {v!r}")
-    if target is not None and not is_number(target): raise ValueError(f"target must be a number, got {target!r}")
+    if target is not None and not (is_number(target) and math.isfinite(target)): raise ValueError(
+        f"target must be a number, got {target!r}")
     if target is not None and fit is not None and epochs is None: raise ValueError(
         "a schedule needs to know its length: pass epochs= with fit=")
     if isinstance(lrs, str) and lrs not in ('tuned',*_rules): raise ValueError(
         f"lrs must be learning rates, 'tuned', or one of {', '.join(map(repr, _rules))}, got {lrs!r}")
     if isinstance(lrs, str) and lr is None: raise ValueError(f"lrs={lrs!r} starts from a learning rate: pass it as lr=")
+    if isinstance(lrs, dict) and set(lrs)!=set(bss): raise ValueError(
+        f"lrs has learning rates for the batch sizes {sorted(lrs)}, and bss are {sorted(bss)}: give each its own")
+
+def _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_examples, max_seconds):
+    wholes = dict(n_seeds=n_seeds, epochs=epochs, micro_bs=micro_bs, lr_bs=lr_bs)
+    for nm,v in wholes.items():
+        if v is not None and not (is_whole(v) and v >= 1): raise ValueError(f"{nm} must be a whole number, at least 1, got {v!r}")
+    if not (is_whole(n_jobs) and n_jobs!=0): raise ValueError(f"n_jobs must be a whole number, -1 for all cores, got {n_jobs!r}")
+    if not (is_whole(warmup) and warmup >= 0): raise ValueError(f"warmup must be a whole number of steps, got {warmup!r}")
+    for nm,v in dict(max_examples=max_examples, max_seconds=max_seconds).items():
+        if not (is_number(v) and v > 0): raise ValueError(f"{nm} must be positive, got {v!r}")
+
+def _rate(lr):
+    "A learning rate that a row can hold"
+    lr = as_lr(lr)
+    if not is_number(lr): raise ValueError(f"a study trains with one learning rate for all parameters, got {lr!r}")
+    return float(lr)
 
 def _check_loader(learn, bs, plan):
     "Does the loader have the batch size that was asked for, and the data so many items?"
@@ -646,17 +747,22 @@ def _check_target(learn, plan):
         f"{plan.metric} is {value:.4g} before any training, so the target of {plan.target:g} is reached already: "
         "choose a better one")
 
+def _check_new(learn, other):
+    shared = {id(p) for p in learn.model.parameters()} & {id(p) for p in other.model.parameters()}
+    if learn is other or shared: raise ValueError(
+        "get_learner returned the same learner, or the same model, twice, so that a run would go on where the last one ended: "
+        "let it build a new one each time")
+
 def _check_learners(get_learner, bss, plan):
     "Build each learner once, and one of them twice"
     first = get_learner(plan.micro_bs or bss[0])
     if not isinstance(first, Learner): raise ValueError(f"get_learner must return a Learner, got {type(first)}")
     _check_loader(first, bss[0], plan)
     again = _ready(get_learner, plan, bss[0], 0)
-    shared = {id(p) for p in first.model.parameters()} & {id(p) for p in again.model.parameters()}
-    if again is first or shared: raise ValueError(
-        "get_learner returned the same learner, or the same model, twice, so that a run would go on where the last one ended: "
-        "let it build a new one each time")
-    for bs in bss[1:]: _check_loader(first if plan.micro_bs else get_learner(bs), bs, plan)
+    _check_new(again, first)
+    for bs in bss[1:]:
+        if not plan.micro_bs: _check_new(other := get_learner(bs), first)
+        _check_loader(first if plan.micro_bs else other, bs, plan)
     _check_target(again, plan)
     return again
 
@@ -665,8 +771,9 @@ def _lrs_by_rule(rule, bss, lr, lr_bs, noise_scale, opt):
     "A learning rate for each batch size"
     if rule=='constant': return {bs: [lr] for bs in bss}
     if rule=='noise' and noise_scale is None: raise ValueError("lrs='noise' needs noise_scale=, as `bs_find` measures it")
-    power = .5 if rule=='sqrt' or (rule=='noise' and is_adaptive(opt)) else 1.
-    return {bs: [lr*lr_factor(lr_bs, bs, noise_scale if rule=='noise' else math.inf, power)] for bs in bss}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # a rate that is too much will show
+        return {bs: [scale_lr(lr, lr_bs, bs, rule, noise_scale, opt)] for bs in bss}
 
 def _say_what_is_missing(study, bss):
     if not study.df.reached.any(): return warn(study._why_none(), stacklevel=3)
@@ -677,7 +784,7 @@ def _say_what_is_missing(study, bss):
 def bs_study(
     get_learner:callable, # `get_learner(bs)` returns a new learner with batches of `bs`
     bss:list, # Batch sizes
-    lrs='tuned', # Learning rates: a list, a list for each batch size in a dictionary, 'tuned', or a rule to go by from `lr`
+    lrs='tuned', # Learning rates: a list, a dictionary of lists by batch size, 'tuned', or a rule of `scale_lr` from `lr` on
     lr:float=None, # Learning rate to start from, where `lrs` is 'tuned' or a rule
     lr_bs:int=None, # Batch size that `lr` is for; None: the first of `bss`
     target:float=None, # Value of `metric` to train to; None: courses of `epochs`
@@ -697,18 +804,21 @@ def bs_study(
 )->Study: # With a row per run, pictures and fits
     "Train at several batch sizes and learning rates"
     bss = [bss] if is_whole(bss) else [int(o) if is_whole(o) else o for o in bss]
-    _check_numbers(bss, target, epochs, n_seeds, lrs, lr, fit)
+    _check_numbers(bss, target, epochs, lrs, lr, fit)
+    _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_examples, max_seconds)
+    if path is not None and fit is not None and '<lambda>' in _name(fit): raise ValueError(
+        "a study that is kept needs to know its schedule again, and a lambda has no name: write `fit` with `def`")
     plan = Plan(target, metric, epochs, fit, micro_bs, max_examples, max_seconds, warmup, dynamics)
     learn,study = _check_learners(get_learner, bss, plan),Study(plan=plan, path=path)
     if study.path is not None: study.resume()
     lr_bs,tuned = lr_bs or bss[0],isinstance(lrs, str) and lrs=='tuned'
-    if isinstance(lrs, str) and not tuned: lrs = _lrs_by_rule(lrs, bss, as_lr(lr), lr_bs, noise_scale, learn.opt_func)
-    elif not tuned and not isinstance(lrs, dict): lrs = {bs: [as_lr(o) for o in np.ravel(lrs)] for bs in bss}
+    if isinstance(lrs, str) and not tuned: lrs = _lrs_by_rule(lrs, bss, _rate(lr), lr_bs, noise_scale, learn.opt_func)
+    elif not tuned: lrs = {bs: [_rate(o) for o in np.ravel(lrs[bs] if isinstance(lrs, dict) else lrs)] for bs in bss}
     total = n_seeds*(4*len(bss) if tuned else sum(map(len, lrs.values())))
     bar = progress_bar(range(total), leave=False) if progress else None
     if bar: bar.update(0)
     engine = _Engine(study, get_learner, range(n_seeds), n_jobs, bar)
-    try: engine.tune_all(bss, float(as_lr(lr)), lr_bs) if tuned else engine.train_all(lrs)
+    try: engine.tune_all(bss, _rate(lr), lr_bs) if tuned else engine.train_all(lrs)
     finally:
         if bar: bar.on_iter_end()
     _say_what_is_missing(study, bss)
@@ -719,7 +829,7 @@ _blue,_orange,_green,_red = '#0072B2','#E69F00','#009E73','#D55E00' # told apart
 _shades = dict(perfect='.93', diminishing='.87', maximal='.79')
 _words = dict(perfect='perfect scaling', diminishing='diminishing returns', maximal='maximal data parallelism')
 
-def _axes(ylabel, xlabel='Batch size'):
+def _axes(ylabel, xlabel='Batch size (items)'):
     fig,ax = plt.subplots(figsize=(8,4), layout='constrained')
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return fig,ax
@@ -739,19 +849,20 @@ def plot_steps(self:Study,
     return_fig:bool=False # Return the matplotlib figure
 ):
     "Plot the steps to the target over the batch size, with the fit and the regimes"
+    if self.plan.kind!='target': raise ValueError(_no_target)
     best,good = self.best(),self._good()
     fig,ax = _axes('Steps to the target')
     bs = np.geomspace(best.index[0], best.index[-1], 100)
     if len(best) > 1:
         for nm,span in self.regimes()._asdict().items():
             if span: ax.axvspan(*span, color=_shades[nm], lw=0, label=_words[nm], zorder=0)
-    ax.plot(bs, best.steps.iloc[0]*best.index[0]/bs, color='.5', lw=1, label='half the steps a doubling')
+    ax.plot(bs, best.steps_to_target.iloc[0]*best.index[0]/bs, color='.5', lw=1, label='half the steps a doubling')
     if len(best) > 2:
         fit = self.critical()
         ends = f'{short_number(fit.lower)} to {short_number(fit.upper)}'
         label = f'fit: critical {short_number(fit.critical)} ({ends})'
         if fit.critical < math.inf: ax.plot(bs, fit(bs), color=_blue, label=label)
-    ax.plot(good.bs, good.steps, 'o', color=_blue, ms=4, alpha=.6, label='runs, best learning rate')
+    ax.plot(good.bs, good.steps_to_target, 'o', color=_blue, ms=4, alpha=.6, label='runs, best learning rate')
     if critical: ax.axvline(critical, color=_red, ls='--', label=f'suggested: {short_number(critical)}')
     log2_axis(ax.xaxis), log2_axis(ax.yaxis)
     legend_above(ax, 2.6)
@@ -764,6 +875,7 @@ def plot_time(self:Study,
     "Plot the seconds of training over the batch size, at the best learning rates"
     good = self._good()
     fig,ax = _axes('Seconds to the target' if self.plan.kind=='target' else 'Seconds of training')
+    if not _alone(good): ax.set_title('Runs side by side: their seconds can not be compared', color=_red, fontsize=10)
     med = _points(ax, good.bs, good.seconds, runs='runs, best learning rate', median='median')
     ax.axvline(med.idxmin(), color=_green, ls='--', label=f'soonest: {med.idxmin():,}')
     log2_axis(ax.yaxis)
@@ -800,7 +912,7 @@ def plot_generalisation(self:Study,
     gap = good.valid_loss-good.train_loss
     for ax,values,label in ((axs[0],good[name],name), (axs[1],gap,'valid_loss - train_loss')):
         _points(ax, good.bs, values)
-        ax.set(xlabel='Batch size', ylabel=label)
+        ax.set(xlabel='Batch size (items)', ylabel=label)
     if return_fig: return fig
 
 # %% ../nbs/13_study.ipynb #7a2c0057
@@ -815,7 +927,7 @@ def plot_dynamics(self:Study,
     sizes = sorted(good.bs.unique())
     for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
         for i,o in enumerate(good[good.bs==bs].distances):
-            way = np.array([o[:2] for o in json.loads(o) if o[0]])
+            way = np.array([o[:2] for o in json.loads(o) if o[0]]) if isinstance(o, str) else []
             if len(way): axs[0].plot(*way.T, color=c, lw=1, label=f'{bs:,}' if i==0 else None)
     axs[0].set(xlabel='Step', ylabel='Distance from the beginning', xscale='log', yscale='log')
     axs[0].legend(fontsize=8)
@@ -823,7 +935,7 @@ def plot_dynamics(self:Study,
                'Sharpness': ['hessian_max','sharpness','sharpness_100']}
     for ax,(label,cols) in zip(axs[1:], columns.items()):
         for k,c in zip(cols, (_blue,_orange,_green)): ax.plot(good.bs, good[k], 'o', ms=4, color=c, label=k)
-        ax.set(xlabel='Batch size', ylabel=label)
+        ax.set(xlabel='Batch size (items)', ylabel=label)
         log2_axis(ax.xaxis)
         if len(cols) > 1: ax.legend(fontsize=8)
     if return_fig: return fig

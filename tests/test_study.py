@@ -1,6 +1,7 @@
 "Studies: what a run records, what happens to long work, and whether the fits are right."
 import math, os, signal, subprocess, sys, time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
@@ -10,7 +11,7 @@ from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD
 from fastai_bs_finder.all import bs_study, Study
 from fastai_bs_finder.stats import fit_steps, regimes
-from fastai_bs_finder.study import larger_is_better, Plan, RunLog, ToTarget, run
+from fastai_bs_finder.study import _batches, larger_is_better, Plan, RunLog, ToTarget, run, sharpness
 from helpers import loaders, plain_learner
 from torch import nn
 
@@ -72,8 +73,8 @@ def test_all_items_are_judged_by():
             def after_batch(self): self.n += 0 if self.training else len(self.yb[0])
             def after_validate(self): seen.append(self.n)
         return get_learner(bs, cbs=Count())
-    for bs in (16,256): run(counted, Plan(epochs=1), bs, .1)
-    assert set(seen)=={len(loaders().valid_ds)}
+    for bs in (16,256): run(counted, Plan(target=0., max_examples=512), bs, .1)
+    assert set(seen)-{0}=={len(loaders().valid_ds)} # none where it was no time to look
 
 def test_a_schedule_of_several_fits():
     "As `fine_tune`, which fits twice: all of it counts"
@@ -108,6 +109,39 @@ def test_an_error_is_a_row(error, end):
 
 @pytest.mark.parametrize('plan', [Plan(epochs=1), Plan(target=.5, max_examples=10_000)])
 def test_divergence_is_a_row(plan): assert run(get_learner, plan, 64, 1e6)['diverged']
+
+def test_what_is_no_divergence():
+    "A high loss on the validation set alone: batch norm does not know its means yet, or the model has learnt by heart"
+    class High(Callback):
+        def after_loss(self):
+            if not self.training: self.learn.loss_grad = self.learn.loss = 100+self.learn.loss
+    for plan in (Plan(epochs=2), Plan(target=.1, max_examples=1000)):
+        row = run(partial(get_learner, cbs=High()), plan, 64, .05)
+        assert row['valid_loss'] > 100 and row['end'] in ('ended','given up')
+
+def test_the_training_loss_of_a_course():
+    "Over the whole training set, with the weights of the end and without dropout: the same at all batch sizes"
+    def dropped(bs):
+        learn = get_learner(bs)
+        learn.model.insert(4, nn.Dropout(.5))
+        return learn
+    losses = [run(dropped, Plan(epochs=1), bs, 1e-12)['train_loss'] for bs in (16,64,256)]
+    x,y = (torch.stack([torch.as_tensor(o) for o in os]) for os in zip(*loaders(512).train_ds))
+    with torch.no_grad(): by_hand = nn.functional.cross_entropy(get_learner(16).model(x), y)
+    assert np.allclose(losses, float(by_hand), rtol=1e-4)
+
+def test_callbacks_that_want_a_validation_each_epoch(tmp_path):
+    "They have none in a training to a target, and stay out of it"
+    from fastai.callback.tracker import EarlyStoppingCallback
+    row = run(lambda bs: get_learner(bs, cbs=EarlyStoppingCallback(patience=1)), Plan(target=1.), 64, .1)
+    assert row['end']=='reached'
+
+def test_a_schedule_that_ends_between_two_looks():
+    row = run(get_learner, Plan(target=0., epochs=4), 64, .05) # 32 steps; it would look at 30 and 33
+    log = RunLog()
+    learn = get_learner(64)
+    with learn.no_logging(): learn.fit(4, .05, cbs=[log, ToTarget(log, 0.)])
+    assert log.history[-1]['step']==log.steps==row['steps']==32
 
 def test_nothing_reached():
     with pytest.warns(UserWarning, match='none of the 4 runs reached valid_loss 0.001; the best was .* at batch size'):
@@ -174,11 +208,55 @@ def test_other_settings_are_refused(tmp_path):
 def test_what_was_given_up_is_made_again_where_more_is_allowed(tmp_path):
     "As in a grid in the folder of a tuned study, in which a learning rate could not win any more"
     whole = study(path=tmp_path)
-    df = pd.read_csv(tmp_path/'runs.csv', float_precision='round_trip')
+    df = Study.load(tmp_path).df
     df.loc[2, ['end','reached','most','steps']] = 'given up',False,10.,12
     df.to_csv(tmp_path/'runs.csv', index=False)
     assert Study.load(tmp_path).df.end[2]=='given up'
     assert_alike(study(path=tmp_path), whole)
+
+def test_two_at_a_time_in_one_folder(tmp_path):
+    "Rows that another process has written meanwhile stay"
+    one,other = (Study(path=tmp_path, plan=Plan(target=1.)) for _ in range(2))
+    for o in (one,other): o.resume()
+    for i,o in enumerate((one,other,one)): o.add(dict(bs=16, lr=.1, seed=i, end='reached', steps=7))
+    assert list(Study.load(tmp_path).df.seed)==list(one.df.seed)==[0,1,2]
+    assert sorted(o.name for o in tmp_path.iterdir())==['runs.csv','study.json']
+
+def test_a_folder_without_a_run(tmp_path):
+    Study(path=tmp_path, plan=Plan(target=1.)).resume()
+    assert str(Study.load(tmp_path))=='Study without a run' and Study.load(tmp_path).plan.target==1
+    with pytest.raises(ValueError, match='no study.json, so it is not the folder'): Study.load(tmp_path/'other')
+
+def course(learn, epochs, lr, div=25.): learn.fit_one_cycle(epochs, lr, div=div)
+
+def test_schedules_are_told_apart(tmp_path):
+    "Also functions whose options are filled in"
+    def kept(fit): return bs_study(get_learner, [64], [.1], epochs=1, fit=fit, n_seeds=1, path=tmp_path, progress=False)
+    kept(partial(course, div=10.))
+    kept(partial(course, div=10.))
+    for other in (partial(course, div=25.), course, None):
+        with pytest.raises(ValueError, match=r"fit='course\(div=10.0\)'"): kept(other)
+
+def test_a_learning_rate_on_which_one_can_rely():
+    "One seed has failed: its survivors are faster, and the other rate is taken"
+    rows = [dict(bs=16, lr=lr, seed=seed, end='', reached=steps < 999, steps=steps, steps_to_target=steps, seconds=1.)
+            for lr,o in {.1: (150,150,150), .2: (100,110,999)}.items() for seed,steps in enumerate(o)]
+    best = Study(pd.DataFrame(rows), Plan(target=1.)).best()
+    assert (best.lr[16],best.steps_to_target[16])==(.1,150)
+    assert Study(pd.DataFrame(rows[3:]), Plan(target=1.)).best().lr[16]==.2
+
+@pytest.mark.parametrize('values,crossed', [
+    ([9,6,6,6,3,3,3], 7), # means of 6 and 5 and 4, which belong to 4, 6 and 8: 4.5 is crossed halfway from 6 to 8
+    ([9,1,1,1], 2), ([9,9,9,1,1], 5.375)])
+def test_where_the_target_was_crossed(values, crossed):
+    "The mean of three validations belongs to the middle one; between two a straight line"
+    log = SimpleNamespace(history=[], steps=0, examples=0, seconds=0., diverged=False)
+    end,why = ToTarget(log, 4.5),None
+    for i,v in enumerate(values):
+        if why: break
+        log.history.append(dict(step=2*i, valid_loss=v))
+        why = end._judge()
+    assert (why,end.crossed)==('reached',crossed)
 
 def test_a_learner_that_cannot_be_built_is_a_row():
     made = []
@@ -209,7 +287,11 @@ def test_rates_by_a_rule(rule, lrs):
     (dict(n_seeds=0), 'n_seeds must be a whole number'), (dict(target='low'), 'target must be a number'),
     (dict(metric='f1'), "there is no 'f1' to judge by, only 'valid_loss', 'accuracy'"), (dict(bss=[1024]), 'more than the 512 items'),
     (dict(bss=[24], micro_bs=16), "can't be made of micro-batches of 16"), (dict(lrs=[-.1]), 'lr must be positive'),
-    (dict(target=3.), 'is reached already'), (dict(fit=Learner.fit_one_cycle), 'a schedule needs to know its length'), (dict(lrs='noise', lr=.1), 'needs noise_scale')])
+    (dict(target=math.nan), 'target must be a number'), (dict(micro_bs=0), 'micro_bs must be a whole number'),
+    (dict(lrs={16: [.1]}), r'for the batch sizes \[16\], and bss are \[16, 64\]'), (dict(lrs=[slice(.1,.2)]), 'one learning rate for all'),
+    (dict(lrs='linear', lr=slice(.1,.2)), 'one learning rate for all'), (dict(warmup=-1), 'warmup must be a whole number'),
+    (dict(max_examples=-1), 'max_examples must be positive'), (dict(n_jobs=0), 'n_jobs must be a whole number'),
+    (dict(fit=lambda *args: None, epochs=1, path='x'), 'a lambda has no name'), (dict(target=3.), 'is reached already'), (dict(fit=Learner.fit_one_cycle), 'a schedule needs to know its length'), (dict(lrs='noise', lr=.1), 'needs noise_scale')])
 def test_bad_input(kwargs, words):
     made = []
     def counted(bs): made.append(bs); return get_learner(bs)
@@ -222,6 +304,15 @@ def test_learners_that_are_no_good():
     with pytest.raises(ValueError, match='the same learner, or the same model, twice'): study(lambda bs: one, [16])
     with pytest.raises(ValueError, match='training batches have 16 items: let it hand the number on'):
         study(lambda bs: get_learner(16))
+    model = get_learner(16).model
+    def shares(bs): # only at other sizes than the first
+        learn = get_learner(bs)
+        if bs==16: model.load_state_dict(learn.model.state_dict())
+        if bs!=16 or not used: learn.model = model
+        used.append(bs)
+        return learn
+    used = []
+    with pytest.raises(ValueError, match='the same learner, or the same model, twice'): study(shares)
 
 # --- the fits
 
@@ -261,6 +352,8 @@ def test_fits_where_there_is_no_critical_batch_size():
 def test_regimes_that_are_missing():
     assert regimes([8,16,32], [100,50,25])==((8,32),None,None)
     assert regimes([8,16,32], [100,99,98])==(None,None,(8,32))
+    sizes = 2**np.arange(11)
+    assert regimes(sizes, np.maximum(2**10/sizes, 2.))==((1,512),None,(512,1024)) # nine halvings, then none
 
 # --- pictures
 
@@ -283,3 +376,22 @@ def test_dynamics_of_a_known_way():
     row = run(line, Plan(epochs=4, fit=Learner.fit, dynamics=True), 16, .01)
     assert math.isclose(row['distance'], 64*.01, rel_tol=1e-4) and math.isclose(row['grad_norm'], 1) and row['grad_norm_std'] < 1e-6
     assert abs(row['update_angle']) < .1 and abs(row['hessian_max']) < 1e-6
+
+def test_sharpness_of_a_language_model():
+    "A model that returns a tuple and has a hidden state; the same items whatever the batch size, and the same value twice"
+    from fastai.text.all import AWD_LSTM, LMDataLoader, awd_lstm_lm_config, language_model_learner
+    texts = [torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    def lm(bs):
+        dls = DataLoaders(*(LMDataLoader(texts, bs=bs, seq_len=8, num_workers=0) for _ in range(2)))
+        dls.vocab = [str(i) for i in range(20)]
+        config = awd_lstm_lm_config | dict(emb_sz=8, n_hid=8, n_layers=1)
+        return language_model_learner(dls, AWD_LSTM, config=config, pretrained=False)
+    row = run(lm, Plan(epochs=1, dynamics=True), 4, .01)
+    assert row['end']=='ended' and all(math.isfinite(row[k]) for k in ('hessian_max','sharpness','sharpness_100','distance'))
+
+def test_sharpness_looks_at_the_same_items():
+    "Whatever the batch size of the training, and without augmentation"
+    learns = [get_learner(bs) for bs in (16,256)]
+    a,b = ([torch.cat(o) for o in zip(*((x[0],y[0]) for x,y,_ in _batches(learn, 100)))] for learn in learns)
+    assert len(a[0])==100 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    with pytest.raises(ValueError, match='do not fit into'): sharpness(learns[0], n_dims=10**6)
