@@ -37,6 +37,7 @@ def batch_size(
 )->int: # Items in a batch; None where the loader can't tell
     "The batch size of a loader, or what comes near to it where batches are made by a sampler"
     bs,n = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None),n_items(dl)
+    bs = bs or getattr(getattr(dl, 'batch_sampler', None), 'batch_size', None)
     if bs or not n: return (min(bs, n) if n else bs) or None
     return max(1, round(n/max(1, len(dl))))
 

@@ -212,7 +212,7 @@ def fit_steps(
     steps:np.ndarray, # Steps that it took
     level:float=.95, # Probability with which the interval is to hold the critical batch size
     n_boot:int=1000 # Draws of the bootstrap
-)->StepsFit: # The ends of its interval are 0 and `inf` where no batch size was trained twice
+)->StepsFit: # The ends of its interval are 0 and `inf` where trainings of the same batch size don't differ, or there are none
     "Fit the critical batch size to trainings, with an interval by bootstrap over those of the same batch size"
     bs,logs = np.asarray(bs, float),np.log(np.asarray(steps, float))
     sizes,which,counts = np.unique(bs, return_inverse=True, return_counts=True)
@@ -220,7 +220,7 @@ def fit_steps(
     means = np.bincount(which, logs)/counts
     (least,),(critical,) = _fit_lines(sizes, means[None])
     dev = ((logs-means[which])*np.sqrt(counts/np.maximum(counts-1, 1))[which])[counts[which] > 1]
-    if not len(dev): return StepsFit(float(least), float(critical), 0., math.inf)
+    if not dev.any(): return StepsFit(float(least), float(critical), 0., math.inf) # nothing is known of their scatter
     # the scatter around the curve, as a multiple of what the scatter between trainings allows
     expected = np.square(dev).mean()*(1/counts).mean()*(len(sizes)-2)
     off = means-np.log(StepsFit(least, critical, 0, 0)(sizes)) if math.isfinite(critical) else np.zeros(1)

@@ -8,16 +8,18 @@ __all__ = ['RunLog', 'valid_names', 'larger_is_better', 'ToTarget', 'Dynamics', 
 
 # %% ../nbs/13_study.ipynb #7a2c0005
 import json, math, os, random, time, warnings
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from warnings import warn
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from joblib import Parallel, delayed
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.core import Callback, CancelFitException, CancelValidException, FetchPredsCallback
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import * # which gives learners `fit_one_cycle`
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
@@ -29,6 +31,7 @@ from scipy.optimize import minimize
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .stats import Regimes, StepsFit, fit_steps, is_number, is_whole, regimes as regimes_of
 from .state import saved_random_state
+from .callbacks import accumulates
 from .loaders import CountedBatches, batch_size, items_of, n_items, part
 from .recorder import legend_above, log2_axis, short_number
 from .profile import _give_back, out_of_memory
@@ -37,9 +40,10 @@ from .lr import as_lr, scale_lr
 # %% ../nbs/13_study.ipynb #7a2c000b
 class RunLog(Callback):
     "Counts steps, examples and seconds of a training, and keeps what each validation says"
-    order,run_valid = Recorder.order+10,True
+    order,run_valid,remove_on_fetch = Recorder.order+10,True,True
     def __init__(self): # not `before_fit`: a schedule may be several fits
-        self.steps,self.examples,self.seconds,self.start,self.history,self.first_loss = 0,0,0.,None,[],None
+        self.steps,self.examples,self.seconds,self.start,self.history = 0,0,0.,None,[]
+        self.first_loss,self.last_loss,self.skipped = None,None,False
 
     def _now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -61,28 +65,37 @@ class RunLog(Callback):
     def after_train(self): self.halt()
     def before_validate(self): self.halt()
 
-    def after_step(self): self.steps += 1
+    def after_cancel_step(self): self.skipped = True # mixed precision does where a gradient has overflowed
+    def after_step(self): self.steps,self.skipped = self.steps+(not self.skipped),False
     def after_loss(self):
-        if self.first_loss is None: self.first_loss = self.learn.loss.detach().clone()
+        if not self.training: return
+        self.last_loss = self.learn.loss.detach().clone()
+        if self.first_loss is None: self.first_loss = self.last_loss
     def after_batch(self):
         if self.training: self.examples += items_of((self.xb,self.yb), self.learn.dl.n)
 
     def after_validate(self):
         rec = self.learn.recorder
-        values = [None if o.value is None else float(o.value) for o in rec._valid_mets]
-        if values and values[0] is not None: self.history.append(dict(
+        values = {k: _number(o.value) for k,o in zip(valid_names(rec), rec._valid_mets)}
+        if values.get('valid_loss') is not None: self.history.append(dict(
             step=self.steps, examples=self.examples, seconds=self.seconds, train_loss=_loss(rec),
-            **dict(zip(valid_names(rec), values))))
+            **{k: v for k,v in values.items() if v is not None}))
 
 # %% ../nbs/13_study.ipynb #7a2c0061
 @patch(as_prop=True)
 def diverged(self:RunLog)->bool:
     "Are both losses more than twice what they were to begin with, or is one of them no number?"
+    if self.last_loss is not None and not math.isfinite(float(self.last_loss)): return True
     if not self.steps or not self.history: return False
     begin,last = self.history[0],self.history[-1]
     first = begin['valid_loss'] if begin['step']==0 else float(self.first_loss)
     losses = last['train_loss'],last['valid_loss'] # either alone may be high by chance, or until batch norm knows its means
     return not all(map(math.isfinite, losses)) or min(losses) > first+abs(first)
+
+def _number(v):
+    "None for what is no single number, as a score for each class"
+    try: return None if v is None else float(v)
+    except (TypeError, ValueError): return None
 
 def _loss(rec):
     "The smoothed loss of the training so far"
@@ -103,26 +116,25 @@ def larger_is_better(
     "What is called a loss or an error, or is known as one, is to fall; anything else is to rise"
     return not any(o in metric.lower() for o in _falling)
 
-def _is_good(value, target, metric): return value >= target if larger_is_better(metric) else value <= target
+def _is_good(value, target, rises): return value >= target if rises else value <= target
 
 @contextmanager
 def _aside(learn):
     "Let a training do something else between two batches"
-    keep = {k: getattr(learn, k, None) for k in 'dl n_iter iter xb yb pred loss loss_grad'.split()}
+    keep = {k: getattr(learn, k, None) for k in 'dl n_epoch epoch n_iter iter xb yb pred loss loss_grad'.split()}
     plain = [(m, {k: v for k,v in vars(m).items() if not k.startswith('_')}) for m in learn.model.modules()]
     rec,noted = learn.recorder,list(getattr(learn.recorder, 'log', []))
-    cancelled,rec.cancel_valid = getattr(rec, 'cancel_valid', False),False # also after the last epoch
     try:
         with saved_random_state(): yield
     finally:
         for k,v in keep.items(): setattr(learn, k, v)
         for m,o in plain: vars(m).update(o)
-        rec.log,rec.cancel_valid,learn.training = noted,cancelled,True
+        rec.log,learn.training = noted,True
 
 # %% ../nbs/13_study.ipynb #7a2c0062
 class ToTarget(Callback):
     "Validates from time to time, and ends a training when `target` is reached, when it diverges or when it takes too long"
-    order,run_valid = RunLog.order+10,True
+    order,run_valid,remove_on_fetch = RunLog.order+10,True,True
     growth = 1.05 # of the steps between two validations
     def __init__(self,
         log:RunLog, # Of the same fit
@@ -130,9 +142,11 @@ class ToTarget(Callback):
         metric:str='valid_loss', # What a validation is judged by
         max_steps:float=math.inf, # Steps, examples and seconds after which the training is given up
         max_examples:float=math.inf,
-        max_seconds:float=math.inf
+        max_seconds:float=math.inf,
+        rises:bool=None # Is a larger metric better? None: by its name
     ):
         self.log,self.target,self.metric = log,target,metric
+        self.rises = larger_is_better(metric) if rises is None else rises
         self.most = dict(steps=max_steps, examples=max_examples, seconds=max_seconds)
         self.looking,self.next,self.end,self.looked,self.crossed = False,0,None,0,math.nan
 
@@ -141,13 +155,16 @@ class ToTarget(Callback):
     def before_train(self):
         if not self.log.history: self._look() # how good it is without any training
     def before_validate(self):
-        if not self.looking: raise CancelValidException() # not now
+        last = self.epoch==self.n_epoch-1 and self.log.steps > self.looked
+        if not self.looking and not last: raise CancelValidException() # not now
+    def after_validate(self):
+        if self.looking or self.log.history[-1]['step']!=self.log.steps or self.log.steps==self.looked: return
+        self.looked = self.log.steps
+        self.end = self._judge()
     def after_batch(self):
         if not self.training or self.log.steps < self.next: return
         self._look()
         if self.end: raise CancelFitException()
-    def after_fit(self):
-        if not self.end and self.log.steps > self.looked: self._look() # the schedule is over
 
 # %% ../nbs/13_study.ipynb #7a2c000f
 def _middle(looks, metric):
@@ -173,7 +190,7 @@ def _judge(self:ToTarget):
     if log.diverged: return 'diverged'
     if (n := len(history)) > 3: # the first was before any training
         (before,was),(now,mean) = (_middle(history[i-3:i], self.metric) for i in (n-1,n))
-        if _is_good(mean, self.target, self.metric):
+        if _is_good(mean, self.target, self.rises):
             part = (was-self.target)/(was-mean) if was!=mean else 1.
             self.crossed = before+min(max(part, 0.), 1.)*(now-before)
             return 'reached'
@@ -191,22 +208,24 @@ def _angle(a, b):
 
 class Dynamics(Callback):
     "Records the way of the weights, and the lengths of the gradients"
-    order,run_valid,every = 1000,True,10
+    order,run_valid,remove_on_fetch,every,growth = 1000,True,True,10,1.2
     def __init__(self,
         log:RunLog # Of the same fit
-    ): self.log,self.first = log,None
+    ): self.log,self.first,self.next = log,None,1
 
     def before_fit(self):
         if self.first: return # another fit of the same run
-        self.groups = [[p for p in pl if p.requires_grad] for pl in self.opt.param_lists]
+        self.groups = [list(pl) for pl in self.opt.param_lists] # also frozen ones, which may be unfrozen later
         self.ps = [p for g in self.groups for p in g]
         self.first = [[p.detach().clone() for p in g] for g in self.groups]
         self.norms,self.angles,self.distances,self.last,self.move = [],[],[],None,None
 
     def before_step(self):
-        with self.log.aside(): self.norms.append(_length(p.grad for p in self.ps if p.grad is not None))
+        with self.log.aside(): self.norms.append(_length([p.grad for p in self.ps if p.grad is not None]))
 
     def after_step(self):
+        if self.log.steps >= self.next:
+            with self.log.aside(): self.look()
         k = self.log.steps%self.every # three steps in a row make two updates
         if k > 2: return
         with self.log.aside(): self._update(k)
@@ -216,17 +235,19 @@ class Dynamics(Callback):
         if k==2 and self.move: self.angles.append(_angle(self.move, move))
         self.last,self.move = (now,move) if k < 2 else (None,None)
 
-    def after_validate(self):
+    def look(self):
+        "How far each group has come; ever less often"
+        self.next = math.ceil(self.growth*self.log.steps)+1
         gone = [_length(torch._foreach_sub([p.detach() for p in g], o)) for g,o in zip(self.groups, self.first) if g]
         self.distances.append((self.log.steps, torch.stack(gone)))
 
 # %% ../nbs/13_study.ipynb #7a2c0032
 @contextmanager
-def _as_they_are(dls):
+def _as_they_are(dls, bs=None):
     "A loader over all items of the training set, without augmentation and in an order that is always the same"
     dl,still = dls.train,getattr(getattr(dls.train, 'dataset', None), 'set_split_idx', None)
     if isinstance(dl, DataLoader):
-        dl = dl.new(shuffle=True, drop_last=False)
+        dl = dl.new(shuffle=True, drop_last=False, **({} if bs is None else dict(bs=bs)))
         dl.rng = random.Random(0)
     with still(1) if still else nullcontext(), saved_random_state():
         set_seed(0)
@@ -237,7 +258,7 @@ def _batches(learn, n):
     res,seen = [],0
     with _as_they_are(learn.dls) as dl:
         for b in dl:
-            learn._split(b)
+            learn._split(learn._set_device(b) if hasattr(learn, '_set_device') else b)
             size = items_of((learn.xb,learn.yb))
             keep = min(size, n-seen)
             res.append((*part((learn.xb,learn.yb), 0, keep, size), keep))
@@ -281,7 +302,7 @@ def hessian_max(
     return res
 
 # %% ../nbs/13_study.ipynb #7a2c0036
-_most = 500_000_000 # numbers in the directions of `sharpness`
+_most = 100_000_000 # numbers in the directions of `sharpness`
 
 def sharpness(
     learn:Learner, # Trained
@@ -294,11 +315,11 @@ def sharpness(
     ps,batches = [p for p in learn.model.parameters() if p.requires_grad],_batches(learn, n)
     x = parameters_to_vector(ps).detach().double().cpu().numpy()
     if n_dims and len(x)*n_dims > _most: raise ValueError(
-        f"{n_dims} directions of {len(x):,} parameters do not fit into {8*_most/1e9:.0f} GB")
+        f"{n_dims} directions of {len(x):,} parameters do not fit into {8*_most/1e9:.1f} GB")
     a = None if n_dims is None else np.random.default_rng(seed).standard_normal((len(x), n_dims))
     if a is not None: a /= np.linalg.norm(a, axis=0)
     at = np.zeros(len(x) if a is None else n_dims)
-    bound = eps*(np.abs(x if a is None else np.linalg.lstsq(a, x, rcond=None)[0])+1)
+    bound = eps*(np.abs(x if a is None else np.linalg.pinv(a.T@a)@(a.T@x))+1)
     def put(v): vector_to_parameters(torch.as_tensor(v).to(ps[0]), ps)
     def minus(z):
         put(x+(z if a is None else a@z))
@@ -321,6 +342,7 @@ def sharpness(
 @patch
 def facts(self:Dynamics)->dict:
     "What the row of a run gets"
+    if not self.distances or self.distances[-1][0]!=self.log.steps: self.look()
     norms = torch.stack(self.norms).tolist() if self.norms else [math.nan]
     res = dict(grad_norm=np.mean(norms), grad_norm_std=np.std(norms), grad_norm_tail=np.quantile(norms, .99)/np.median(norms))
     res['update_angle'] = float(torch.stack(self.angles).mean()) if self.angles else math.nan
@@ -347,7 +369,11 @@ class Plan:
     max_seconds:float = math.inf
     warmup:int = 0
     dynamics:bool = False
+    rises:bool = None # Is a larger `metric` better? None: by its name
+    learner:str = None # In a few words, to tell it from others
 
+    def __post_init__(self):
+        if self.rises is None: self.rises = larger_is_better(self.metric)
     @property
     def kind(self): return 'course' if self.target is None else 'target'
 
@@ -367,16 +393,17 @@ class WarmUp(Callback):
         self.lrs = None
 
 # %% ../nbs/13_study.ipynb #7a2c0013
-def _ready(get_learner, plan, bs, seed):
+def _ready(get_learner, plan, bs, seed, path=None):
     "A new learner, without what shows progress; the same one for the same seed"
     set_seed(seed)
     learn = get_learner(plan.micro_bs or bs)
+    if path is not None: learn.path = Path(path) # what a run writes must not replace what is there
     for i,dl in enumerate(getattr(learn.dls, 'loaders', None) or [learn.dls.train]):
         if hasattr(dl, 'rng'): dl.rng = random.Random(seed) # a loader that was made before goes on from its state
         if i and isinstance(dl, DataLoader): dl.drop_last = False # the same items are judged by at all batch sizes
     set_seed(seed)
-    no_use = ProgressCallback if plan.kind=='course' else (ProgressCallback,TrackerCallback) # these need a validation an epoch
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, no_use)])
+    no_use = [ProgressCallback,ShowGraphCallback] + [TrackerCallback]*(plan.kind=='target') # which needs a validation an epoch
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, tuple(no_use))])
     if plan.micro_bs and plan.micro_bs < bs: learn.add_cb(GradientAccumulation(bs))
     return learn
 
@@ -384,7 +411,8 @@ def _callbacks(plan, most):
     "The callbacks of a run; the log first"
     log = RunLog()
     cbs = [log]
-    if plan.kind=='target': cbs.append(ToTarget(log, plan.target, plan.metric, most, plan.max_examples, plan.max_seconds))
+    if plan.kind=='target': cbs.append(
+        ToTarget(log, plan.target, plan.metric, most, plan.max_examples, plan.max_seconds, plan.rises))
     if plan.warmup: cbs.append(WarmUp(plan.warmup))
     if plan.dynamics: cbs.append(Dynamics(log))
     return cbs
@@ -404,18 +432,27 @@ def _train(make, plan, lr, cbs):
     return 'diverged' if log.diverged else 'ended'
 
 # %% ../nbs/13_study.ipynb #7a2c0014
-def _train_loss(learn, cbs):
-    "Mean over the training set in evaluation mode; what fastai shows lags behind, by more examples the larger batches are"
-    try:
-        with learn.removed_cbs(cbs), learn.no_logging(), _as_they_are(learn.dls) as dl: return float(learn.validate(dl=dl)[0])
-    except Exception as e: warn(f"the loss on the training set could not be computed: {type(e).__name__}: {e}")
-    return math.nan
+_aside_to_validate = TrackerCallback,FetchPredsCallback # the former need an epoch, the latter wait for `validate` to end
 
-def _best(history, name):
+def _at_the_end(learn, cbs):
+    "What the weights that a course has left are worth, on the whole training set too"
+    trackers,aside = ([o for o in learn.cbs if isinstance(o, t)] for t in (TrackerCallback,_aside_to_validate))
+    try:
+        with learn.removed_cbs([*cbs, *aside]), learn.no_logging():
+            bs = max(batch_size(o) or 1 for o in learn.dls.loaders[:2]) # what has been validated with fits, and is faster
+            with _as_they_are(learn.dls, bs) as dl: res = dict(train_loss=float(learn.validate(dl=dl)[0]))
+            if not trackers: return res # these may have loaded the weights of another epoch
+            values = map(_number, learn.validate())
+            return res | {k: v for k,v in zip(valid_names(learn), values) if v is not None}
+    except Exception as e: warn(f"the loss on the training set could not be computed: {type(e).__name__}: {e}")
+    return dict(train_loss=math.nan)
+
+def _best(history, name, rises):
     values = [o[name] for o in history if o[name] is not None and math.isfinite(o[name])]
     if not values: return math.nan
-    return max(values) if larger_is_better(name) else min(values)
+    return max(values) if rises else min(values)
 
+# %% ../nbs/13_study.ipynb #7a2c0067
 def run(
     get_learner:callable, # Makes a learner for a batch size
     plan:Plan, # What all runs have in common
@@ -427,17 +464,27 @@ def run(
     "One training of a study"
     _give_back(torch.device('cuda' if torch.cuda.is_available() else 'cpu')) # a learner goes only now: it refers to itself
     cbs = _callbacks(plan, most)
-    end,log = _train(partial(_ready, get_learner, plan, bs, seed), plan, lr, cbs),cbs[0]
-    row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most, end=end)
+    row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most)
+    with TemporaryDirectory() as tmp:
+        end = _train(partial(_ready, get_learner, plan, bs, seed, tmp), plan, lr, cbs)
+        return row | _facts(plan, end, cbs)
+
+def _facts(plan, end, cbs):
+    "What the row of a run says about it"
+    row,log = dict(end=end),cbs[0]
     row |= dict(reached=end in ('reached','ended'), diverged=end=='diverged')
     row |= dict(steps=log.steps, examples=log.examples, seconds=log.seconds)
-    if plan.kind=='target': row['steps_to_target'] = cbs[1].crossed
+    if plan.kind=='target':
+        to = cbs[1].crossed
+        row |= dict(steps_to_target=to, seconds_to_target=to*log.seconds/max(log.steps, 1))
     row |= dict(step_time=log.seconds/log.steps if log.steps else math.nan,
                 items_per_second=log.examples/log.seconds if log.seconds else math.nan)
     if history := log.history:
         last,names = history[-1],[k for k in history[-1] if k not in ('step','examples','seconds','train_loss')]
-        row |= {k: last[k] for k in ('train_loss',*names)} | {f'best_{k}': _best(history, k) for k in names}
-        if plan.kind=='course': row['train_loss'] = _train_loss(log.learn, cbs)
+        row |= {k: last[k] for k in ('train_loss',*names)}
+        rises = {k: plan.rises if k==plan.metric else larger_is_better(k) for k in ('train_loss',*names)}
+        row |= {f'best_{k}': _best(history, k, o) for k,o in rises.items()}
+        if plan.kind=='course': row |= _at_the_end(log.learn, cbs)
     if plan.dynamics and cbs[-1].first: row |= cbs[-1].facts()
     return row
 
@@ -483,9 +530,10 @@ class Study:
         return next(same, None)
 
     def lacks(self, bs, lr, seed, most):
-        "Is there no such run yet, or only one that was given up earlier than now?"
+        "Is there no such run yet, or only one that was given up earlier than now, or ended by an error that may be mended?"
         row = self.find(bs, lr, seed)
-        return row is None or (row['end']=='given up' and row['steps'] < most and row.get('most', math.inf) < most)
+        if row is None or row['end'] not in ('reached','ended','diverged','given up'): return True
+        return row['end']=='given up' and row['steps'] < most and row.get('most', math.inf) < most
 
     def add(self,
         row:dict # Of a finished run
@@ -501,12 +549,19 @@ class Study:
 def _name(f):
     "What tells one schedule from another, where only text can be kept"
     if not isinstance(f, partial): return getattr(f, '__qualname__', type(f).__name__)
-    return f"{_name(f.func)}({', '.join([*map(repr, f.args), *(f'{k}={v!r}' for k,v in f.keywords.items())])})"
+    def shown(o): return _name(o) if callable(o) else repr(o)
+    return f"{_name(f.func)}({', '.join([*map(shown, f.args), *(f'{k}={shown(v)}' for k,v in f.keywords.items())])})"
+
+def _in_words(learn):
+    "What a learner trains, as far as that can be told"
+    n,items = sum(p.numel() for p in learn.model.parameters()),n_items(learn.dls.train)
+    return f"{n:,} parameters, {_name(learn.opt_func)}, {_name(learn.loss_func)}, {items} items"
 
 def _settings(plan):
     "What rows have to agree in, as JSON has it"
-    res = {k: getattr(plan, k) for k in 'kind target metric epochs micro_bs max_examples max_seconds warmup dynamics'.split()}
-    res['fit'] = None if plan.fit is None else _name(plan.fit)
+    keep = 'kind target metric rises epochs micro_bs max_examples max_seconds warmup dynamics'
+    res = {k: getattr(plan, k) for k in keep.split()}
+    res |= dict(fit=None if plan.fit is None else _name(plan.fit), learner=plan.learner)
     return {k: str(v) if v==math.inf else v.item() if hasattr(v, 'item') else v for k,v in res.items()}
 
 @patch
@@ -538,7 +593,7 @@ def load(cls:Study,
 
 # %% ../nbs/13_study.ipynb #7a2c001a
 @patch(as_prop=True)
-def _sign(self:Study): return -1 if self.plan.kind=='course' and larger_is_better(self.plan.metric) else 1
+def _sign(self:Study): return -1 if self.plan.kind=='course' and self.plan.rises else 1
 
 @patch
 def score(self:Study,
@@ -570,10 +625,12 @@ def _why_none(self:Study):
     "The best that was, where nothing has reached the target"
     name,df = f'best_{self.plan.metric}',self.df
     if name not in df or df[name].isna().all(): return f"none of the {len(df)} runs has worked: {df.end.iloc[0]}"
-    row = df.loc[df[name].idxmax() if larger_is_better(name) else df[name].idxmin()]
+    row = df.loc[df[name].idxmax() if self.plan.rises else df[name].idxmin()]
     if self.plan.target is None: return f"none of the {len(df)} runs has worked: {', '.join(df.end.unique())}"
-    return (f"none of the {len(df)} runs reached {self.plan.metric} {self.plan.target:g}; the best was {row[name]:.4g}, "
-            f"at batch size {row.bs} and learning rate {row.lr:.2g}. Choose a target that can be reached, or train longer")
+    some = f"only {df.reached.sum()} of the {len(df)}" if df.reached.any() else f"none of the {len(df)}"
+    return (f"{some} runs reached {self.plan.metric} {self.plan.target:g} (the mean of three validations); the best single one "
+            f"was {row[name]:.4g}, at batch size {row.bs} and learning rate {row.lr:.2g}. Choose a target that can be reached, "
+            "or train longer")
 
 # %% ../nbs/13_study.ipynb #7a2c001b
 def _alone(rows):
@@ -610,12 +667,13 @@ def summary(self:Study)->str:
     except ValueError as e: return str(e)
     if self.plan.kind=='course':
         name = self.plan.metric
-        bs = best[name].idxmax() if larger_is_better(name) else best[name].idxmin()
+        bs = best[name].idxmax() if self.plan.rises else best[name].idxmin()
         return f"{name} is best at batch size {bs:,}, {best[name][bs]:.4g}"
-    by = 'seconds' if _alone(self._good()) else 'steps_to_target'
+    alone = _alone(self._good())
+    by = 'seconds_to_target' if alone else 'steps_to_target'
     bs = best[by].idxmin()
-    what = f"the target is reached soonest at batch size {bs:,}, in {best.seconds[bs]:.3g} s"
-    if by!='seconds': what = f"the target is reached in the fewest steps at batch size {bs:,}, in {best[by][bs]:,.0f}"
+    what = f"the target is reached soonest at batch size {bs:,}, in {best[by][bs]:.3g} s"
+    if not alone: what = f"the target is reached in the fewest steps at batch size {bs:,}, in {best[by][bs]:,.0f}"
     if len(best) < 3: return what
     fit = self.critical()
     ends = f"{short_number(fit.lower)} to {short_number(fit.upper)}"
@@ -627,29 +685,55 @@ def _job(get_learner, plan, threads, task):
     torch.set_num_threads(threads)
     return run(get_learner, plan, *task)
 
+def _side_by_side(call, todo, n_jobs):
+    "Rows of runs in several processes; if the system kills one, which it does where memory runs out, the rest one by one"
+    done = set()
+    try:
+        for row in Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(call)(o) for o in todo):
+            done.add((row['bs'],row['lr'],row['seed']))
+            yield row
+    except BrokenProcessPool:
+        for o in todo:
+            if o[:3] in done: continue
+            try: yield from Parallel(n_jobs=2)([delayed(call)(o)]) # one, but in a process of its own
+            except BrokenProcessPool: yield dict(
+                zip(('bs','lr','seed','most'), o), end='killed by the system', reached=False, diverged=False, steps=0, examples=0)
+
+# %% ../nbs/13_study.ipynb #7a2c0065
 class _Engine:
     "Makes the runs that a study has not yet, and shows how far it is"
     patience = 1.5 # times the steps of the best learning rate so far
-    def __init__(self, study, get_learner, seeds, n_jobs, bar):
-        self.study,self.get_learner,self.seeds,self.n_jobs,self.bar,self.done = study,get_learner,seeds,n_jobs,bar,0
+    def __init__(self, study, get_learner, seeds, n_jobs, show):
+        self.study,self.get_learner,self.seeds,self.n_jobs = study,get_learner,seeds,n_jobs
+        self.show,self.shown,self.done = show,None,0
+
+    @contextmanager
+    def bar(self, bss, lrs):
+        "A bar over the runs that are still to be made"
+        if not self.show: return (yield)
+        total = len(self.seeds)*(4*len(bss) if isinstance(lrs, str) else sum(map(len, lrs.values())))-len(self.study.rows)
+        self.shown = progress_bar(range(max(1, total)), leave=False)
+        self.shown.update(0)
+        try: yield
+        finally: self.shown.on_iter_end()
 
     def rows(self, tasks):
         "The rows of all `tasks`: batch size, learning rate, seed and most steps"
         todo = [o for o in dict.fromkeys(tasks) if self.study.lacks(*o)]
-        if self.bar is not None: self.bar.total = max(self.bar.total, self.done+len(todo))
+        if self.shown is not None: self.shown.total = max(self.shown.total, self.done+len(todo))
         call = partial(_job, self.get_learner, self.study.plan, torch.get_num_threads())
         if self.n_jobs==1: new = (run(self.get_learner, self.study.plan, *o) for o in todo)
-        else: new = Parallel(n_jobs=self.n_jobs, return_as='generator_unordered')(delayed(call)(o) for o in todo)
+        else: new = _side_by_side(call, todo, self.n_jobs)
         for row in new:
             self.study.add(row | dict(alone=self.n_jobs==1))
             self._say(row)
         return [self.study.find(*o[:3]) for o in tasks]
 
     def _say(self, row):
-        if self.bar is None: return
+        if self.shown is None: return
         self.done += 1
-        self.bar.comment = f"bs {row['bs']}, lr {row['lr']:.2g}, seed {row['seed']}: {row['end']} after {row['steps']} steps"
-        self.bar.update(self.done)
+        self.shown.comment = f"bs {row['bs']}, lr {row['lr']:.2g}, seed {row['seed']}: {row['end']} after {row['steps']} steps"
+        self.shown.update(self.done)
 
     def scored(self, bs, lr, most=math.inf):
         "How good a learning rate is, over all seeds"
@@ -664,7 +748,8 @@ def tune(self:_Engine, bs, lr):
         most = self.patience*min(found.values(), default=math.inf) if target else math.inf
         found[lr] = self.scored(bs, lr, most)
         return found[lr]
-    for factor in (.5,2) if scored(lr)==math.inf else (2,.5): # what fails is more often too high than too low
+    if scored(lr)==math.inf and self._too_large(bs): return
+    for factor in (.5,2) if found[lr]==math.inf else (2,.5): # what fails is more often too high than too low
         at = lr
         for _ in range(3 if found[lr]==math.inf else 6):
             at *= factor
@@ -672,6 +757,11 @@ def tune(self:_Engine, bs, lr):
         if min(found, key=found.get)!=lr: break # it is better on this side, so it is not on the other
     best = min(found, key=found.get)
     return None if found[best]==math.inf else best
+
+@patch
+def _too_large(self:_Engine, bs):
+    "Has no run of this batch size fitted into memory, which no learning rate will change?"
+    return {o['end'] for o in self.study.rows if o['bs']==bs} <= {'out of memory','killed by the system'}
 
 @patch
 def tune_all(self:_Engine, bss, lr, lr_bs):
@@ -705,9 +795,12 @@ def _check_numbers(bss, target, epochs, lrs, lr, fit):
     if isinstance(lrs, str) and lrs not in ('tuned',*_rules): raise ValueError(
         f"lrs must be learning rates, 'tuned', or one of {', '.join(map(repr, _rules))}, got {lrs!r}")
     if isinstance(lrs, str) and lr is None: raise ValueError(f"lrs={lrs!r} starts from a learning rate: pass it as lr=")
+    if not isinstance(lrs, str) and not len(lrs if isinstance(lrs, dict) else np.ravel(lrs)): raise ValueError(
+        "lrs has no learning rate: pass some, or lrs='tuned' with lr= to start from")
     if isinstance(lrs, dict) and set(lrs)!=set(bss): raise ValueError(
         f"lrs has learning rates for the batch sizes {sorted(lrs)}, and bss are {sorted(bss)}: give each its own")
 
+# %% ../nbs/13_study.ipynb #7a2c0066
 def _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_examples, max_seconds):
     wholes = dict(n_seeds=n_seeds, epochs=epochs, micro_bs=micro_bs, lr_bs=lr_bs)
     for nm,v in wholes.items():
@@ -715,7 +808,11 @@ def _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_example
     if not (is_whole(n_jobs) and n_jobs!=0): raise ValueError(f"n_jobs must be a whole number, -1 for all cores, got {n_jobs!r}")
     if not (is_whole(warmup) and warmup >= 0): raise ValueError(f"warmup must be a whole number of steps, got {warmup!r}")
     for nm,v in dict(max_examples=max_examples, max_seconds=max_seconds).items():
-        if not (is_number(v) and v > 0): raise ValueError(f"{nm} must be positive, got {v!r}")
+        if v is not None and not (is_number(v) and v > 0): raise ValueError(f"{nm} must be positive, got {v!r}")
+
+def _check_schedule(fit, path):
+    if path is not None and fit is not None and '<lambda>' in _name(fit): raise ValueError(
+        "a study that is kept needs to know its schedule again, and a lambda has no name: write `fit` with `def`")
 
 def _rate(lr):
     "A learning rate that a row can hold"
@@ -725,6 +822,10 @@ def _rate(lr):
 
 def _check_loader(learn, bs, plan):
     "Does the loader have the batch size that was asked for, and the data so many items?"
+    acc = next((o for o in learn.cbs if accumulates(o)), None)
+    if acc: raise ValueError(
+        f"the learner has {type(acc).__name__}, so its steps take more items than its loader's batches have: leave it out of "
+        "get_learner and pass micro_bs=, from which all batch sizes are accumulated")
     dl,wanted = learn.dls.train,plan.micro_bs or bs
     found,n = batch_size(dl),n_items(dl)
     if n is not None and bs > n: raise ValueError(f"batches of {bs:,} are more than the {n:,} items of the training set")
@@ -738,12 +839,12 @@ def _check_loader(learn, bs, plan):
 # %% ../nbs/13_study.ipynb #7a2c0021
 def _check_target(learn, plan):
     "Can it be reached, and is it not reached already?"
-    learn.remove_cbs(learn._grab_cbs(ProgressCallback))
+    learn.remove_cbs([o for o in learn.cbs if isinstance(o, _aside_to_validate)])
     names = valid_names(learn)
     if plan.metric not in names: raise ValueError(f"there is no {plan.metric!r} to judge by, only {', '.join(map(repr, names))}")
     if plan.kind!='target': return
     with learn.no_logging(): value = float(learn.validate()[names.index(plan.metric)])
-    if _is_good(value, plan.target, plan.metric): raise ValueError(
+    if _is_good(value, plan.target, plan.rises): raise ValueError(
         f"{plan.metric} is {value:.4g} before any training, so the target of {plan.target:g} is reached already: "
         "choose a better one")
 
@@ -764,9 +865,15 @@ def _check_learners(get_learner, bss, plan):
         if not plan.micro_bs: _check_new(other := get_learner(bs), first)
         _check_loader(first if plan.micro_bs else other, bs, plan)
     _check_target(again, plan)
-    return again
+    plan.learner = _in_words(again)
+    return again.opt_func,n_items(again.dls.train)
 
 # %% ../nbs/13_study.ipynb #7a2c0023
+def _lrs_by_size(lrs, bss, lr, lr_bs, noise_scale, opt_func):
+    "A list of learning rates for each batch size"
+    if isinstance(lrs, str): return _lrs_by_rule(lrs, bss, _rate(lr), lr_bs, noise_scale, opt_func)
+    return {bs: [_rate(o) for o in np.ravel(lrs[bs] if isinstance(lrs, dict) else lrs)] for bs in bss}
+
 def _lrs_by_rule(rule, bss, lr, lr_bs, noise_scale, opt):
     "A learning rate for each batch size"
     if rule=='constant': return {bs: [lr] for bs in bss}
@@ -776,9 +883,12 @@ def _lrs_by_rule(rule, bss, lr, lr_bs, noise_scale, opt):
         return {bs: [scale_lr(lr, lr_bs, bs, rule, noise_scale, opt)] for bs in bss}
 
 def _say_what_is_missing(study, bss):
-    if not study.df.reached.any(): return warn(study._why_none(), stacklevel=3)
-    missing = set(bss)-set(study.best().index)
-    if missing: warn(f"no learning rate has worked at batch size {', '.join(map(str, sorted(missing)))}", stacklevel=3)
+    try: missing = set(bss)-set(study.best().index)
+    except ValueError as e: return warn(str(e), stacklevel=3) # the rows are worth more than an error
+    tried = set(study.df.bs)
+    for what,o in (('no learning rate has worked at batch size',missing & tried),
+                   ('after that no run was made at batch size',missing-tried)):
+        if o: warn(f"{what} {', '.join(map(str, sorted(o)))}", stacklevel=3)
 
 # %% ../nbs/13_study.ipynb #7a2c0026
 def bs_study(
@@ -789,13 +899,14 @@ def bs_study(
     lr_bs:int=None, # Batch size that `lr` is for; None: the first of `bss`
     target:float=None, # Value of `metric` to train to; None: courses of `epochs`
     metric:str='valid_loss', # What a validation is judged by: the loss or the name of a metric
+    rises:bool=None, # Is a larger metric better? None: by its name, as `accuracy` and `error_rate` show
     epochs:int=None, # Length of a course; with a target, the most
     fit:callable=None, # `fit(learn, epochs, lr)`; None: `fit_one_cycle` for courses, a constant rate to a target
     n_seeds:int=3, # Runs of each kind
     path:str=None, # Folder to keep the runs in, and to go on from; None: they are kept in memory
     n_jobs:int=1, # Runs at a time, each in a process of its own; seconds can't be compared then
     micro_bs:int=None, # Reach batch sizes by accumulating gradients of batches of this size
-    max_examples:float=math.inf, # A run to a target is given up after so many
+    max_examples:float=None, # A run to a target is given up after so many; None: 100 epochs
     max_seconds:float=math.inf, # Likewise
     warmup:int=0, # Steps in which the learning rate rises from 0
     noise_scale:float=None, # For the rule 'noise'
@@ -806,21 +917,17 @@ def bs_study(
     bss = [bss] if is_whole(bss) else [int(o) if is_whole(o) else o for o in bss]
     _check_numbers(bss, target, epochs, lrs, lr, fit)
     _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_examples, max_seconds)
-    if path is not None and fit is not None and '<lambda>' in _name(fit): raise ValueError(
-        "a study that is kept needs to know its schedule again, and a lambda has no name: write `fit` with `def`")
-    plan = Plan(target, metric, epochs, fit, micro_bs, max_examples, max_seconds, warmup, dynamics)
-    learn,study = _check_learners(get_learner, bss, plan),Study(plan=plan, path=path)
-    if study.path is not None: study.resume()
-    lr_bs,tuned = lr_bs or bss[0],isinstance(lrs, str) and lrs=='tuned'
-    if isinstance(lrs, str) and not tuned: lrs = _lrs_by_rule(lrs, bss, _rate(lr), lr_bs, noise_scale, learn.opt_func)
-    elif not tuned: lrs = {bs: [_rate(o) for o in np.ravel(lrs[bs] if isinstance(lrs, dict) else lrs)] for bs in bss}
-    total = n_seeds*(4*len(bss) if tuned else sum(map(len, lrs.values())))
-    bar = progress_bar(range(total), leave=False) if progress else None
-    if bar: bar.update(0)
-    engine = _Engine(study, get_learner, range(n_seeds), n_jobs, bar)
-    try: engine.tune_all(bss, _rate(lr), lr_bs) if tuned else engine.train_all(lrs)
-    finally:
-        if bar: bar.on_iter_end()
+    _check_schedule(fit, path)
+    plan = Plan(target, metric, epochs, fit, micro_bs, max_examples or math.inf, max_seconds, warmup, dynamics, rises)
+    with saved_random_state():
+        opt_func,n = _check_learners(get_learner, bss, plan)
+        if target is not None and max_examples is None: plan.max_examples = 100*(n or math.inf)
+        study,lr_bs = Study(plan=plan, path=path),lr_bs or bss[0]
+        if path is not None: study.resume()
+        tuned = isinstance(lrs, str) and lrs=='tuned'
+        if not tuned: lrs = _lrs_by_size(lrs, bss, lr, lr_bs, noise_scale, opt_func)
+        engine = _Engine(study, get_learner, range(n_seeds), n_jobs, progress)
+        with engine.bar(bss, lrs): engine.tune_all(bss, _rate(lr), lr_bs) if tuned else engine.train_all(lrs)
     _say_what_is_missing(study, bss)
     return study
 
@@ -833,6 +940,11 @@ def _axes(ylabel, xlabel='Batch size (items)'):
     fig,ax = plt.subplots(figsize=(8,4), layout='constrained')
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return fig,ax
+
+def _doublings(ax, values):
+    "A logarithmic y axis of whole doublings, so that it has labels"
+    log2_axis(ax.yaxis)
+    ax.set_ylim(2.**math.floor(math.log2(values.min())-.1), 2.**math.ceil(math.log2(values.max())+.1))
 
 def _points(ax, bs, values, **labels):
     "A point for each run, and a line through the medians, which are returned"
@@ -862,9 +974,11 @@ def plot_steps(self:Study,
         ends = f'{short_number(fit.lower)} to {short_number(fit.upper)}'
         label = f'fit: critical {short_number(fit.critical)} ({ends})'
         if fit.critical < math.inf: ax.plot(bs, fit(bs), color=_blue, label=label)
+        else: ax.plot([], [], ' ', label='no end to it was seen') # of half the steps a doubling
     ax.plot(good.bs, good.steps_to_target, 'o', color=_blue, ms=4, alpha=.6, label='runs, best learning rate')
     if critical: ax.axvline(critical, color=_red, ls='--', label=f'suggested: {short_number(critical)}')
-    log2_axis(ax.xaxis), log2_axis(ax.yaxis)
+    log2_axis(ax.xaxis)
+    _doublings(ax, good.steps_to_target)
     legend_above(ax, 2.6)
     if return_fig: return fig
 
@@ -874,11 +988,11 @@ def plot_time(self:Study,
 ):
     "Plot the seconds of training over the batch size, at the best learning rates"
     good = self._good()
-    fig,ax = _axes('Seconds to the target' if self.plan.kind=='target' else 'Seconds of training')
-    if not _alone(good): ax.set_title('Runs side by side: their seconds can not be compared', color=_red, fontsize=10)
-    med = _points(ax, good.bs, good.seconds, runs='runs, best learning rate', median='median')
+    what,column = ('Seconds to the target','seconds_to_target') if self.plan.kind=='target' else ('Seconds of training','seconds')
+    fig,ax = _axes(what if _alone(good) else f'{what}\n(side by side: not comparable)')
+    med = _points(ax, good.bs, good[column], runs='runs, best learning rate', median='median')
     ax.axvline(med.idxmin(), color=_green, ls='--', label=f'soonest: {med.idxmin():,}')
-    log2_axis(ax.yaxis)
+    _doublings(ax, good[column])
     legend_above(ax, 2.2)
     if return_fig: return fig
 
@@ -890,12 +1004,13 @@ def plot_lr(self:Study,
     "Plot the result over the learning rate, a curve per batch size; a ring marks a best one at the edge of what was tried"
     best,df,name = self.best(),self.df,self.plan.metric
     fig,ax = _axes('Steps to the target' if self.plan.kind=='target' else name, 'Learning rate')
-    sizes = sorted(df.bs.unique())
+    sizes,rings = sorted(df.bs.unique()),[]
     for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
         scores = df[df.bs==bs].groupby('lr')[list(df)].apply(lambda o: self.score(o.to_dict('records')))
         scores = self._sign*scores[scores < math.inf]
-        ax.plot(scores.index, scores, 'o-', color=c, ms=4, label=f'{bs:,}')
-        if bs in best.index and best.edge[bs]: ax.plot(best.lr[bs], scores[best.lr[bs]], 'o', ms=11, mfc='none', color=_red)
+        ax.plot(scores.index, scores, 'o-', color=c, ms=4, label=f'bs {bs:,}')
+        if bs in best.index and best.edge[bs]: rings.append((best.lr[bs],scores[best.lr[bs]]))
+    if rings: ax.plot(*zip(*rings), 'o', ms=11, mfc='none', color=_red, label='at the edge')
     ax.set_xscale('log')
     if self.plan.kind=='target': log2_axis(ax.yaxis)
     ax.grid(alpha=.3)
@@ -907,6 +1022,8 @@ def plot_generalisation(self:Study,
     return_fig:bool=False # Return the matplotlib figure
 ):
     "Plot the result on the validation set, and how far it is from that on the training set, over the batch size"
+    if self.plan.kind=='target': raise ValueError(
+        "trainings to a target end as soon as they are as good as each other: compare courses, with `epochs=`")
     good,name = self._good(),self.plan.metric
     fig,axs = plt.subplots(1, 2, figsize=(11,3.5), layout='constrained')
     gap = good.valid_loss-good.train_loss
@@ -923,19 +1040,19 @@ def plot_dynamics(self:Study,
     "Plot how far the weights have moved, and gradients, updates and sharpness over the batch size"
     if 'distances' not in self.df: raise ValueError("this study has no dynamics: train with dynamics=True")
     good = self._good()
-    fig,axs = plt.subplots(1, 4, figsize=(15,3.5), layout='constrained')
+    fig,axs = plt.subplots(1, 5, figsize=(18,3.8), layout='constrained')
     sizes = sorted(good.bs.unique())
     for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
         for i,o in enumerate(good[good.bs==bs].distances):
             way = np.array([o[:2] for o in json.loads(o) if o[0]]) if isinstance(o, str) else []
-            if len(way): axs[0].plot(*way.T, color=c, lw=1, label=f'{bs:,}' if i==0 else None)
+            if len(way): axs[0].plot(*way.T, '.-', color=c, lw=1, ms=3, label=f'bs {bs:,}' if i==0 else None)
     axs[0].set(xlabel='Step', ylabel='Distance from the beginning', xscale='log', yscale='log')
-    axs[0].legend(fontsize=8)
+    legend_above(axs[0], .9)
     columns = {'Length of the gradient': ['grad_norm'], 'Angle between updates (degrees)': ['update_angle'],
-               'Sharpness': ['hessian_max','sharpness','sharpness_100']}
+               'Largest eigenvalue of the Hessian': ['hessian_max'], 'Sharpness (%)': ['sharpness','sharpness_100']}
     for ax,(label,cols) in zip(axs[1:], columns.items()):
         for k,c in zip(cols, (_blue,_orange,_green)): ax.plot(good.bs, good[k], 'o', ms=4, color=c, label=k)
         ax.set(xlabel='Batch size (items)', ylabel=label)
         log2_axis(ax.xaxis)
-        if len(cols) > 1: ax.legend(fontsize=8)
+        if len(cols) > 1: legend_above(ax)
     if return_fig: return fig

@@ -110,6 +110,69 @@ def test_an_error_is_a_row(error, end):
 @pytest.mark.parametrize('plan', [Plan(epochs=1), Plan(target=.5, max_examples=10_000)])
 def test_divergence_is_a_row(plan): assert run(get_learner, plan, 64, 1e6)['diverged']
 
+def test_a_minority_of_seeds(tmp_path):
+    "One of three reaches the target: nothing is lost, and what is said is true"
+    made = []
+    def sometimes(bs): made.append(bs); return get_learner(bs, cbs=Fails(ValueError()) if len(made) > 3 else ())
+    with pytest.warns(UserWarning, match='only 1 of the 3 runs reached valid_loss 1'): res = study(sometimes, [64], [.1], n_seeds=3)
+    assert list(res.df.reached)==[True,False,False]
+
+def test_no_number_is_a_divergence():
+    "Also where a callback ends the training before any validation"
+    from fastai.callback.tracker import TerminateOnNaNCallback
+    row = run(lambda bs: get_learner(bs, cbs=TerminateOnNaNCallback()), Plan(epochs=1), 64, 1e30)
+    assert row['diverged'] and not row['reached'] and row['end']=='diverged'
+
+def test_a_target_that_is_never_reached_comes_to_an_end():
+    with pytest.warns(UserWarning, match='none of the 1 runs reached'): res = study(bss=[256], lrs=[1e-9], n_seeds=1, max_examples=None)
+    assert res.df.end[0]=='given up' and 51_200 <= res.df.examples[0] < 55_000
+
+def test_frozen_layers():
+    "All groups are followed, as they are; what is frozen has moved by 0"
+    from fastai.torch_core import params
+    def frozen(bs):
+        learn = get_learner(bs, splitter=lambda m: [params(m[0]),params(m[4])])
+        learn.freeze()
+        return learn
+    def thaws(learn, epochs, lr): learn.fit(1, lr), learn.unfreeze(), learn.fit(epochs, lr)
+    row = run(frozen, Plan(epochs=1, fit=Learner.fit, dynamics=True), 64, .1)
+    assert row['distance_0']==0 < row['distance_1'] and math.isclose(row['distance'], row['distance_1'], rel_tol=1e-5)
+    assert run(frozen, Plan(epochs=1, fit=thaws, dynamics=True), 64, .1)['distance_0'] > 0
+
+def test_callbacks_that_write(tmp_path):
+    "Files of the user's stay as they are; what is recorded belongs to the weights that are left"
+    from fastai.callback.tracker import SaveModelCallback
+    def saves(bs): return get_learner(bs, path=tmp_path, cbs=SaveModelCallback(monitor='accuracy'))
+    seen = []
+    def fit(learn, epochs, lr):
+        learn.fit(epochs, lr)
+        with learn.removed_cbs(learn.cbs[-2:]), learn.no_logging(): seen.append(learn.validate()[0])
+    row = run(saves, Plan(epochs=3, fit=fit), 64, .3)
+    assert row['end']=='ended' and math.isclose(row['valid_loss'], seen[0], rel_tol=1e-5) and math.isfinite(row['train_loss'])
+    assert not list(tmp_path.iterdir())
+
+def test_other_callbacks():
+    "Those that fetch predictions in a validation, and those that draw"
+    from fastai.callback.core import FetchPredsCallback
+    from fastai.callback.progress import ShowGraphCallback
+    for plan in (Plan(epochs=1), Plan(target=0., max_examples=640)):
+        for cb in (FetchPredsCallback, ShowGraphCallback):
+            row = run(lambda bs: get_learner(bs, cbs=cb()), plan, 64, .1)
+            assert row['end'] in ('ended','given up'), row['end']
+
+def test_a_metric_that_is_no_number():
+    def each(pred, y): return torch.ones(3)
+    row = run(lambda bs: plain_learner(bs, 512, opt_func=SGD, metrics=[each,accuracy]), Plan(epochs=1), 64, .1)
+    assert row['end']=='ended' and 'each' not in row and 0 < row['accuracy'] < 1
+
+def test_which_way_is_better_can_be_said():
+    def wer(pred, y): return (pred.argmax(1)!=y).float().mean()
+    def learner(bs): return plain_learner(bs, 512, opt_func=SGD, metrics=wer)
+    kw = dict(metric='wer', target=.4, max_examples=50_000)
+    with pytest.raises(ValueError, match='is reached already'): study(learner, **kw)
+    res = study(learner, rises=False, bss=[16], **kw)
+    assert res.df.reached.all() and (res.df.best_wer <= .4).all()
+
 def test_what_is_no_divergence():
     "A high loss on the validation set alone: batch norm does not know its means yet, or the model has learnt by heart"
     class High(Callback):
@@ -144,7 +207,7 @@ def test_a_schedule_that_ends_between_two_looks():
     assert log.history[-1]['step']==log.steps==row['steps']==32
 
 def test_nothing_reached():
-    with pytest.warns(UserWarning, match='none of the 4 runs reached valid_loss 0.001; the best was .* at batch size'):
+    with pytest.warns(UserWarning, match='none of the 4 runs reached valid_loss 0.001 .* the best single one was .* at batch size'):
         res = study(lrs=[.1], target=1e-3, max_examples=640)
     for f in (res.best, res.critical, res.plot_steps, res.plot_time): # each says the same
         with pytest.raises(ValueError, match='none of the 4 runs reached'): f()
@@ -258,6 +321,36 @@ def test_where_the_target_was_crossed(values, crossed):
         why = end._judge()
     assert (why,end.crossed)==('reached',crossed)
 
+def killed(bs):
+    "One batch size is too much for the machine"
+    if bs==256 and os.getpid()!=int(os.environ['PARENT']): os.kill(os.getpid(), signal.SIGKILL)
+    return get_learner(bs)
+
+def test_a_process_that_is_killed_is_a_row(monkeypatch):
+    "As the system does where memory runs out; the others go on"
+    monkeypatch.setenv('PARENT', str(os.getpid()))
+    with pytest.warns(UserWarning, match='no learning rate has worked at batch size 256'):
+        res = study(killed, [16,256,64], [.1], n_seeds=1, n_jobs=2)
+    assert dict(zip(res.df.bs, res.df.end))=={16: 'reached', 64: 'reached', 256: 'killed by the system'}
+
+def test_another_learner_is_refused(tmp_path):
+    study(path=tmp_path, lrs=[.1], n_seeds=1)
+    with pytest.raises(ValueError, match="holds a study with learner='.* parameters, SGD, .*512 items'"):
+        study(partial(plain_learner, n=512), path=tmp_path)
+
+def test_errors_are_tried_again(tmp_path):
+    "The reason may be mended; what is finished is not repeated"
+    with pytest.warns(UserWarning, match='none of the 2 runs'):
+        study(lambda bs: get_learner(bs, cbs=Fails(ValueError('mine'))), [64], [.1], path=tmp_path)
+    assert_alike(study(bss=[64], lrs=[.1], path=tmp_path), study(bss=[64], lrs=[.1]))
+
+def test_random_numbers_go_on_as_before():
+    torch.manual_seed(3)
+    one = torch.rand(2)
+    torch.manual_seed(3)
+    bs_study(get_learner, [64], [.1], epochs=1, n_seeds=1, progress=False)
+    assert torch.equal(torch.rand(2), one)
+
 def test_a_learner_that_cannot_be_built_is_a_row():
     made = []
     def breaks(bs):
@@ -284,7 +377,7 @@ def test_rates_by_a_rule(rule, lrs):
 @pytest.mark.parametrize('kwargs,words', [
     (dict(target=None), 'say how long to train'), (dict(bss=[]), 'bss must be whole numbers'), (dict(bss=[16.5]), 'bss must be'),
     (dict(lrs='best'), "lrs must be learning rates, 'tuned', or one of"), (dict(lrs='tuned'), 'starts from a learning rate'),
-    (dict(n_seeds=0), 'n_seeds must be a whole number'), (dict(target='low'), 'target must be a number'),
+    (dict(lrs=[]), 'lrs has no learning rate'), (dict(n_seeds=0), 'n_seeds must be a whole number'), (dict(target='low'), 'target must be a number'),
     (dict(metric='f1'), "there is no 'f1' to judge by, only 'valid_loss', 'accuracy'"), (dict(bss=[1024]), 'more than the 512 items'),
     (dict(bss=[24], micro_bs=16), "can't be made of micro-batches of 16"), (dict(lrs=[-.1]), 'lr must be positive'),
     (dict(target=math.nan), 'target must be a number'), (dict(micro_bs=0), 'micro_bs must be a whole number'),
@@ -298,6 +391,20 @@ def test_bad_input(kwargs, words):
     with pytest.raises(ValueError, match=words):
         bs_study(counted, **(dict(bss=[16,64], lrs=[.1], target=1., progress=False) | kwargs))
     assert len(made) <= 3
+
+def test_learners_that_accumulate_by_themselves():
+    from fastai.callback.training import GradientAccumulation
+    with pytest.raises(ValueError, match='has GradientAccumulation, .* pass micro_bs='):
+        study(lambda bs: get_learner(bs, cbs=GradientAccumulation(256)))
+
+def test_a_loader_with_batches_of_a_sampler():
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+    def sampled(bs):
+        learn = get_learner(bs)
+        ds = learn.dls.train_ds
+        learn.dls = DataLoaders(DataLoader(ds, batch_sampler=BatchSampler(RandomSampler(ds), bs, drop_last=False)), learn.dls.valid)
+        return learn
+    assert study(sampled, [48,64], [.1], n_seeds=1).df.reached.all()
 
 def test_learners_that_are_no_good():
     one = get_learner(16)
@@ -349,6 +456,10 @@ def test_fits_where_there_is_no_critical_batch_size():
     assert fit_steps(sizes, np.full(8, 100.)).critical==0
     with pytest.raises(ValueError, match='at least three batch sizes, got 8, 16'): fit_steps([8,16,16], [3,2,2])
 
+def test_trainings_that_are_all_the_same_say_nothing_about_chance():
+    fit = fit_steps(np.repeat([8,16,32,64], 2), np.repeat([100,60,50,90], 2))
+    assert (fit.lower,fit.upper)==(0,math.inf)
+
 def test_regimes_that_are_missing():
     assert regimes([8,16,32], [100,50,25])==((8,32),None,None)
     assert regimes([8,16,32], [100,99,98])==(None,None,(8,32))
@@ -357,12 +468,21 @@ def test_regimes_that_are_missing():
 
 # --- pictures
 
+def drawn(f, tmp_path):
+    "A picture whose axes have names and numbers"
+    fig = f(return_fig=True)
+    fig.savefig(tmp_path/'x.png')
+    for ax in fig.axes:
+        (low,high),ticks = ax.get_ylim(),ax.get_yticks()
+        assert ax.get_xlabel() and ax.get_ylabel() and any(low <= o <= high for o in ticks)
+
 def test_pictures(tmp_path):
     res = study(lrs=[.05,.1,.2], n_seeds=1, dynamics=True)
-    for f in (partial(res.plot_steps, critical=50), res.plot_time, res.plot_lr, res.plot_generalisation, res.plot_dynamics):
-        fig = f(return_fig=True)
-        fig.savefig(tmp_path/'x.png')
-        assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)
+    for f in (partial(res.plot_steps, critical=50), res.plot_time, res.plot_lr, res.plot_dynamics): drawn(f, tmp_path)
+    course = study(bss=[16], n_seeds=2, epochs=1, target=None)
+    for f in (course.plot_time, course.plot_lr, course.plot_generalisation): drawn(f, tmp_path)
+    for f,words in ((course.plot_steps,'train to a target'), (course.critical,'train to a target'), (res.plot_generalisation,'compare courses')):
+        with pytest.raises(ValueError, match=words): f()
     with pytest.raises(ValueError, match='no dynamics'): study(n_seeds=1).plot_dynamics()
 
 def test_dynamics_of_a_known_way():
