@@ -13,7 +13,7 @@ def parser(doc, **defaults):
     "Argument parser with one option per keyword, and `--data` where `data` is among them"
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if defaults.pop('data', False):
-        p.add_argument('--data', type=Path, required=True, help='folder with mnist.npz, adult.csv and republic.txt')
+        p.add_argument('--data', type=Path, required=True, help='folder with the data files')
     for k,v in defaults.items(): p.add_argument(f'--{k}', type=type(v), default=v, help='default: %(default)s')
     return p
 
