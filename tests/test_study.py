@@ -321,16 +321,15 @@ def test_where_the_target_was_crossed(values, crossed):
         why = end._judge()
     assert (why,end.crossed)==('reached',crossed)
 
-def killed(bs):
+def killed(bs, parent):
     "One batch size is too much for the machine"
-    if bs==256 and os.getpid()!=int(os.environ['PARENT']): os.kill(os.getpid(), signal.SIGKILL)
+    if bs==256 and os.getpid()!=parent: os.kill(os.getpid(), signal.SIGKILL)
     return get_learner(bs)
 
-def test_a_process_that_is_killed_is_a_row(monkeypatch):
+def test_a_process_that_is_killed_is_a_row():
     "As the system does where memory runs out; the others go on"
-    monkeypatch.setenv('PARENT', str(os.getpid()))
     with pytest.warns(UserWarning, match='no learning rate has worked at batch size 256'):
-        res = study(killed, [16,256,64], [.1], n_seeds=1, n_jobs=2)
+        res = study(partial(killed, parent=os.getpid()), [16,256,64], [.1], n_seeds=1, n_jobs=2)
     assert dict(zip(res.df.bs, res.df.end))=={16: 'reached', 64: 'reached', 256: 'killed by the system'}
 
 def test_another_learner_is_refused(tmp_path):
