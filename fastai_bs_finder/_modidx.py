@@ -723,6 +723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastai_bs_finder/study.py'),
                                         'fastai_bs_finder.study.Study.plot_time': ( 'study.html#study.plot_time',
                                                                                     'fastai_bs_finder/study.py'),
+                                        'fastai_bs_finder.study.Study.rank': ('study.html#study.rank', 'fastai_bs_finder/study.py'),
                                         'fastai_bs_finder.study.Study.regimes': ('study.html#study.regimes', 'fastai_bs_finder/study.py'),
                                         'fastai_bs_finder.study.Study.resume': ('study.html#study.resume', 'fastai_bs_finder/study.py'),
                                         'fastai_bs_finder.study.Study.score': ('study.html#study.score', 'fastai_bs_finder/study.py'),

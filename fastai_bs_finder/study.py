@@ -605,15 +605,22 @@ def score(self:Study,
     return float(np.median(np.nan_to_num(values, nan=math.inf, posinf=math.inf))) if values else math.inf
 
 @patch
+def rank(self:Study,
+    rows:list # Likewise
+)->tuple: # Compare two of them: the smaller is better
+    "Has a seed failed, and the score"
+    return not all(o['reached'] for o in rows),self.score(rows)
+
+@patch
 def best(self:Study)->pd.DataFrame: # A row per batch size at which any learning rate has worked
     "The best learning rate at each batch size, medians over its seeds, and whether it is the lowest or highest that was tried"
     if not self.rows: raise ValueError("this study has no run yet")
     res = []
     for bs,o in self.df.groupby('bs'):
         lrs = {lr: rows.to_dict('records') for lr,rows in o.groupby('lr') if rows.seed.nunique()==o.seed.nunique()}
-        scores = {lr: self.score(rows) for lr,rows in lrs.items()}
-        if not scores or min(scores.values())==math.inf: continue
-        lr = min((o for o in scores if scores[o] < math.inf), key=lambda o: (not all(r['reached'] for r in lrs[o]), scores[o]))
+        ranks = {lr: self.rank(rows) for lr,rows in lrs.items() if self.score(rows) < math.inf}
+        if not ranks: continue
+        lr = min(ranks, key=ranks.get)
         good = pd.DataFrame([r for r in lrs[lr] if r['reached']]).median(numeric_only=True)
         tried = sorted(o.lr.unique())
         res.append(good.to_dict() | dict(bs=int(bs), lr=lr, edge=len(tried) > 1 and lr in (tried[0],tried[-1])))
@@ -737,26 +744,26 @@ class _Engine:
 
     def scored(self, bs, lr, most=math.inf):
         "How good a learning rate is, over all seeds"
-        return self.study.score(self.rows([(bs,lr,seed,most) for seed in self.seeds]))
+        return self.study.rank(self.rows([(bs,lr,seed,most) for seed in self.seeds]))
 
 # %% ../nbs/13_study.ipynb #7a2c001e
 @patch
 def tune(self:_Engine, bs, lr):
     "Climb from `lr` in factors of two; the best, or None if none works"
-    found,target = {},self.study.plan.kind=='target'
+    found,target,fails = {},self.study.plan.kind=='target',(True,math.inf)
     def scored(lr):
-        most = self.patience*min(found.values(), default=math.inf) if target else math.inf
+        most = self.patience*min((o[1] for o in found.values()), default=math.inf) if target else math.inf
         found[lr] = self.scored(bs, lr, most)
         return found[lr]
-    if scored(lr)==math.inf and self._too_large(bs): return
-    for factor in (.5,2) if found[lr]==math.inf else (2,.5): # what fails is more often too high than too low
+    if scored(lr)==fails and self._too_large(bs): return
+    for factor in (.5,2) if found[lr]==fails else (2,.5): # what fails is more often too high than too low
         at = lr
-        for _ in range(3 if found[lr]==math.inf else 6):
+        for _ in range(3 if found[lr]==fails else 6):
             at *= factor
-            if scored(at) > found[at/factor] or (found[at]==math.inf and min(found.values()) < math.inf): break
+            if scored(at) > found[at/factor] or (found[at]==fails and min(found.values()) < fails): break
         if min(found, key=found.get)!=lr: break # it is better on this side, so it is not on the other
     best = min(found, key=found.get)
-    return None if found[best]==math.inf else best
+    return None if found[best]==fails else best
 
 @patch
 def _too_large(self:_Engine, bs):
@@ -914,6 +921,8 @@ def bs_study(
     progress:bool=True # Show a bar with the time left
 )->Study: # With a row per run, pictures and fits
     "Train at several batch sizes and learning rates"
+    if isinstance(get_learner, Learner) or not callable(get_learner): raise ValueError(
+        f"get_learner must be a function that takes a batch size and returns a new learner, got {type(get_learner)}")
     bss = [bss] if is_whole(bss) else [int(o) if is_whole(o) else o for o in bss]
     _check_numbers(bss, target, epochs, lrs, lr, fit)
     _check_amounts(n_seeds, n_jobs, epochs, micro_bs, lr_bs, warmup, max_examples, max_seconds)

@@ -11,7 +11,7 @@ from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD
 from fastai_bs_finder.all import bs_study, Study
 from fastai_bs_finder.stats import fit_steps, regimes
-from fastai_bs_finder.study import _batches, larger_is_better, Plan, RunLog, ToTarget, run, sharpness
+from fastai_bs_finder.study import _batches, _Engine, larger_is_better, Plan, RunLog, ToTarget, run, sharpness
 from helpers import loaders, plain_learner
 from torch import nn
 
@@ -366,6 +366,18 @@ def test_tuned_rates():
     assert not best.edge.any() and set(np.log2(df.lr/.4).round(6)) <= set(range(-8,9))
     for bs,o in df.groupby('bs'): assert (o.steps <= 1.5*o[o.reached].steps.max()+20).all()
 
+def test_the_tuner_and_the_table_agree():
+    "A rate with which a seed has failed ends the climb: both sides of the best one are tried, and no edge is flagged"
+    steps,study = {.05: (200,)*3, .1: (150,)*3, .2: (100,110,999), .4: (999,)*3},Study(plan=Plan(target=1.))
+    engine = _Engine(study, None, range(3), 1, False)
+    def rows(tasks):
+        for bs,lr,seed,_ in tasks:
+            o = steps[lr][seed]
+            study.add(dict(bs=bs, lr=lr, seed=seed, end='', reached=o < 999, steps=o, steps_to_target=o, seconds=1.))
+        return [study.find(*o[:3]) for o in tasks]
+    engine.rows = rows
+    assert engine.tune(16, .1)==.1 and study.best().lr[16]==.1 and not study.best().edge[16]
+
 @pytest.mark.parametrize('rule,lrs', [('constant',(.1,.1)), ('linear',(.1,.4)), ('sqrt',(.1,.2)), ('noise',(.1,.1*4*(16+48)/(64+48)))])
 def test_rates_by_a_rule(rule, lrs):
     res = study(lrs=rule, lr=.1, noise_scale=48, n_seeds=1, max_examples=64)
@@ -406,6 +418,7 @@ def test_a_loader_with_batches_of_a_sampler():
     assert study(sampled, [48,64], [.1], n_seeds=1).df.reached.all()
 
 def test_learners_that_are_no_good():
+    with pytest.raises(ValueError, match='must be a function that takes a batch size'): study(get_learner(16))
     one = get_learner(16)
     with pytest.raises(ValueError, match='the same learner, or the same model, twice'): study(lambda bs: one, [16])
     with pytest.raises(ValueError, match='training batches have 16 items: let it hand the number on'):
