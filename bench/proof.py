@@ -91,8 +91,8 @@ def compare(task, f, sweep, speed, predicted):
     grid['examples'],grid['seconds'] = grid.index*grid.steps_to_target,grid.step*grid.steps_to_target
     grid['predicted'] = grid.step*(1+f.noise_scale/grid.index)
     def seconds(bs, lr):
-        o = [row for seed in range(99) if (row := predicted.find(bs, lr, seed))]
-        return step[bs]*predicted.score(o) if all(row['reached'] for row in o) else math.inf
+        failed,steps = predicted.rank([o for o in predicted.rows if o['bs']==bs and math.isclose(o['lr'], lr, rel_tol=1e-6)])
+        return math.inf if failed else step[bs]*steps
     fastest,best = int(f.fastest),grid.seconds.idxmin()
     at_fastest,at_64,cost = seconds(fastest, f.lr),seconds(64, f.lr_find),float((sweep.df.steps*sweep.df.bs.map(step)).sum())
     return grid,fit,{

@@ -56,7 +56,7 @@ def resnet8():
 
 def flights_dls(data):
     """Arrival delay by what is known before departure. Delays are cut off at 3 hours, in the data for validation too: they
-    reach 21 hours, and by their squares the one flight in a hundred that is later than 3 hours would decide half of the loss"""
+    reach 21 hours, and by its square each of the few later ones would weigh as much as dozens of ordinary ones"""
     flights,weather = pd.read_csv(need(data/'flights.csv.zip')),pd.read_csv(need(data/'flights_weather.csv'))
     df = flights.dropna(subset='arr_delay').merge(
         weather.drop(columns=['year','month','day','hour']), on=['origin','time_hour'], how='left')

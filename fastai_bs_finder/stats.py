@@ -224,7 +224,7 @@ def fit_steps(
     # the scatter around the curve, as a multiple of what the scatter between trainings allows
     expected = np.square(dev).mean()*(1/counts).mean()*(len(sizes)-2)
     off = means-np.log(StepsFit(least, critical, 0, 0)(sizes)) if math.isfinite(critical) else np.zeros(1)
-    wider = max(1., math.sqrt(np.square(off).sum()/expected)) if expected > 0 else 1.
+    wider = max(1., math.sqrt(np.square(off).sum()/expected))
     draws = np.random.default_rng(0).choice(dev, (n_boot, len(bs)))
     drawn = np.stack([draws[:,which==i].mean(1) for i in range(len(sizes))], 1)
     ends = np.quantile(_fit_lines(sizes, means+wider*drawn)[1], [(1-level)/2, (1+level)/2], method='nearest')

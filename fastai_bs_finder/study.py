@@ -33,9 +33,9 @@ from .stats import Regimes, StepsFit, fit_steps, is_number, is_whole, regimes as
 from .state import saved_random_state
 from .callbacks import accumulates
 from .loaders import CountedBatches, batch_size, items_of, n_items, part
-from .recorder import legend_above, log2_axis, short_number
-from .profile import _give_back, out_of_memory
-from .lr import as_lr, scale_lr
+from .recorder import legend_above, log2_axis, short_number, whole_doublings
+from .profile import device_of, give_back, out_of_memory, synchronize
+from .lr import as_lr, scale_lr, scaling_rules
 
 # %% ../nbs/13_study.ipynb #7a2c000b
 class RunLog(Callback):
@@ -46,7 +46,7 @@ class RunLog(Callback):
         self.first_loss,self.last_loss,self.skipped = None,None,False
 
     def _now(self):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        synchronize(device_of(self.learn))
         return time.perf_counter()
     def go(self): self.start = self._now()
     def halt(self):
@@ -247,8 +247,8 @@ def _as_they_are(dls, bs=None):
     "A loader over all items of the training set, without augmentation and in an order that is always the same"
     dl,still = dls.train,getattr(getattr(dls.train, 'dataset', None), 'set_split_idx', None)
     if isinstance(dl, DataLoader):
-        dl = dl.new(shuffle=True, drop_last=False, **({} if bs is None else dict(bs=bs)))
-        dl.rng = random.Random(0)
+        dl = dl.with_bs(min(bs or dl.bs, n_items(dl) or math.inf))
+        dl.shuffle,dl.drop_last,dl.rng = True,False,random.Random(0)
     with still(1) if still else nullcontext(), saved_random_state():
         set_seed(0)
         yield dl
@@ -258,7 +258,7 @@ def _batches(learn, n):
     res,seen = [],0
     with _as_they_are(learn.dls) as dl:
         for b in dl:
-            learn._split(learn._set_device(b) if hasattr(learn, '_set_device') else b)
+            learn._split(learn._set_device(b))
             size = items_of((learn.xb,learn.yb))
             keep = min(size, n-seen)
             res.append((*part((learn.xb,learn.yb), 0, keep, size), keep))
@@ -462,7 +462,7 @@ def run(
     most:float=math.inf # Steps after which a training to a target is given up
 )->dict: # The row
     "One training of a study"
-    _give_back(torch.device('cuda' if torch.cuda.is_available() else 'cpu')) # a learner goes only now: it refers to itself
+    give_back(torch.device('cuda' if torch.cuda.is_available() else 'cpu')) # a learner goes only now: it refers to itself
     cbs = _callbacks(plan, most)
     row = dict(bs=bs, lr=float(lr), seed=seed, kind=plan.kind, most=most)
     with TemporaryDirectory() as tmp:
@@ -788,7 +788,7 @@ def train_all(self:_Engine, lrs):
     self.rows([(bs, lr, seed, math.inf) for bs,o in lrs.items() for lr in o for seed in self.seeds])
 
 # %% ../nbs/13_study.ipynb #7a2c0020
-_rules = 'constant','linear','sqrt','noise','auto'
+_rules = 'constant',*scaling_rules
 
 def _check_numbers(bss, target, epochs, lrs, lr, fit):
     if not len(bss) or not all(is_whole(o) and o >= 1 for o in bss): raise ValueError(
@@ -950,10 +950,12 @@ def _axes(ylabel, xlabel='Batch size (items)'):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return fig,ax
 
-def _doublings(ax, values):
-    "A logarithmic y axis of whole doublings, so that it has labels"
+def _y_axis(ax, values):
+    "Logarithmic, with labels"
     log2_axis(ax.yaxis)
-    ax.set_ylim(2.**math.floor(math.log2(values.min())-.1), 2.**math.ceil(math.log2(values.max())+.1))
+    whole_doublings(ax, values)
+
+def _colours(sizes): return zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))) # the larger the brighter
 
 def _points(ax, bs, values, **labels):
     "A point for each run, and a line through the medians, which are returned"
@@ -987,7 +989,7 @@ def plot_steps(self:Study,
     ax.plot(good.bs, good.steps_to_target, 'o', color=_blue, ms=4, alpha=.6, label='runs, best learning rate')
     if critical: ax.axvline(critical, color=_red, ls='--', label=f'suggested: {short_number(critical)}')
     log2_axis(ax.xaxis)
-    _doublings(ax, good.steps_to_target)
+    _y_axis(ax, good.steps_to_target)
     legend_above(ax, 2.6)
     if return_fig: return fig
 
@@ -1001,7 +1003,7 @@ def plot_time(self:Study,
     fig,ax = _axes(what if _alone(good) else f'{what}\n(side by side: not comparable)')
     med = _points(ax, good.bs, good[column], runs='runs, best learning rate', median='median')
     ax.axvline(med.idxmin(), color=_green, ls='--', label=f'soonest: {med.idxmin():,}')
-    _doublings(ax, good[column])
+    _y_axis(ax, good[column])
     legend_above(ax, 2.2)
     if return_fig: return fig
 
@@ -1013,8 +1015,8 @@ def plot_lr(self:Study,
     "Plot the result over the learning rate, a curve per batch size; a ring marks a best one at the edge of what was tried"
     best,df,name = self.best(),self.df,self.plan.metric
     fig,ax = _axes('Steps to the target' if self.plan.kind=='target' else name, 'Learning rate')
-    sizes,rings = sorted(df.bs.unique()),[]
-    for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
+    rings = []
+    for bs,c in _colours(sorted(df.bs.unique())):
         scores = df[df.bs==bs].groupby('lr')[list(df)].apply(lambda o: self.score(o.to_dict('records')))
         scores = self._sign*scores[scores < math.inf]
         ax.plot(scores.index, scores, 'o-', color=c, ms=4, label=f'bs {bs:,}')
@@ -1050,8 +1052,7 @@ def plot_dynamics(self:Study,
     if 'distances' not in self.df: raise ValueError("this study has no dynamics: train with dynamics=True")
     good = self._good()
     fig,axs = plt.subplots(1, 5, figsize=(18,3.8), layout='constrained')
-    sizes = sorted(good.bs.unique())
-    for bs,c in zip(sizes, plt.cm.viridis(np.linspace(0, .9, len(sizes)))):
+    for bs,c in _colours(sorted(good.bs.unique())):
         for i,o in enumerate(good[good.bs==bs].distances):
             way = np.array([o[:2] for o in json.loads(o) if o[0]]) if isinstance(o, str) else []
             if len(way): axs[0].plot(*way.T, '.-', color=c, lw=1, ms=3, label=f'bs {bs:,}' if i==0 else None)

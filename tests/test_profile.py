@@ -320,9 +320,9 @@ def test_busy_machine(learn):
 def test_device_is_the_one_it_will_train_on(learn):
     "The model gets there when a fit begins, not before"
     learn.dls.device = 'meta'
-    assert profile._device(learn)==torch.device('meta')
+    assert profile.device_of(learn)==torch.device('meta')
     learn.dls.device = None
-    assert profile._device(learn)==torch.device('cpu')
+    assert profile.device_of(learn)==torch.device('cpu')
 
 def test_batches_that_workers_have_ready_do_not_count():
     "Their queue is used up before the clock starts"

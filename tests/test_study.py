@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, error_rate
-from fastai.optimizer import SGD
+from fastai.optimizer import Lamb, Larc, OptimWrapper, SGD
 from fastai_bs_finder.all import bs_study, Study
 from fastai_bs_finder.stats import fit_steps, regimes
 from fastai_bs_finder.study import _batches, _Engine, larger_is_better, Plan, RunLog, ToTarget, run, sharpness
@@ -92,6 +92,20 @@ def test_warm_up():
     def watched(bs): return get_learner(bs, cbs=Callback(after_step=lambda self: lrs.append(self.learn.opt.hypers[-1]['lr'])))
     run(watched, Plan(target=0., max_examples=640, warmup=4), 64, .1)
     assert np.allclose(lrs[:6], [.025,.05,.075,.1,.1,.1])
+
+@pytest.mark.parametrize('opt_func', [Larc, Lamb, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_any_optimizer(opt_func):
+    "fastai's and PyTorch's"
+    plans = Plan(epochs=2, dynamics=True),Plan(target=1.5, max_examples=20_000)
+    ends = [run(lambda bs: plain_learner(bs, 512, opt_func=opt_func), o, 16, .01)['end'] for o in plans]
+    assert ends==['ended','reached']
+
+def test_mixed_precision_with_a_schedule_to_a_target():
+    "Which is not reached before the schedule ends"
+    from fastai.callback.fp16 import MixedPrecision
+    plan = Plan(target=.01, epochs=2, fit=Learner.fit_one_cycle)
+    row = run(lambda bs: get_learner(bs, cbs=MixedPrecision(amp_mode='bf16')), plan, 64, .05)
+    assert (row['end'],row['steps'])==('given up',16)
 
 # --- whatever happens, it is a row
 
@@ -243,7 +257,7 @@ def test_killed_at_random_moments(tmp_path):
     "SIGKILL, which nobody can catch: the table on disk is whole, and at the end the same as that of a study in one piece"
     rng,here = np.random.default_rng(0),os.path.dirname(__file__)
     command = [sys.executable, '-W', 'ignore', '-c', program, here, str(tmp_path)]
-    rows = []
+    rows,seconds = [],{}
     for _ in range(60):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
@@ -251,9 +265,12 @@ def test_killed_at_random_moments(tmp_path):
             break
         except subprocess.TimeoutExpired: process.send_signal(signal.SIGKILL)
         process.wait()
-        if (tmp_path/'runs.csv').exists(): rows.append(len(pd.read_csv(tmp_path/'runs.csv')))
+        kept = Study.load(tmp_path).rows if (tmp_path/'study.json').exists() else ()
+        for o in kept: seconds.setdefault((o['bs'],o['lr'],o['seed']), o['seconds'])
+        rows.append(len(seconds))
     assert process.returncode==0 and rows==sorted(rows)
     kept = Study.load(tmp_path)
+    assert all(kept.find(*k)['seconds']==v for k,v in seconds.items()) # a run that is made again takes another time
     assert_alike(kept, study())
     assert not kept.df.duplicated(['bs','lr','seed']).any()
 
