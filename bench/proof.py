@@ -1,35 +1,43 @@
-"""Does it hold when one really trains? Six tasks (`tasks.py`), each trained by `bs_study` at many batch sizes to a
-validation loss that is fixed beforehand.
+"""Does it hold when one really trains? Six tasks (`tasks.py`), each trained by `bs_study` at many batch sizes.
 
 The sweep: at every batch size the learning rate, constant through a run, is tuned on a grid of factors of two, with
-`--seeds` seeds. Steps to the target are compared, so it may run beside other work; `--jobs 2` makes two runs at a time.
+`--seeds` seeds, for trainings to a validation loss that is fixed beforehand. Steps to the target are compared, so it may
+run beside other work; `--jobs 2` makes two runs at a time.
 
-The speed: seconds of a step, measured apart, in half a second of training and six steps at least, three times. The
-time to the target is steps times that.
+The courses: so many epochs of one-cycle at several batch sizes and peaks of the learning rate, compared by the validation
+loss at their end. `--only courses` makes only these.
 
-The prediction: `lr_find` once on a learner with batches of 64, and `bs_find` with the learning rate that it suggests.
-Then the task is trained with batches of `fastest`, and the learning rate that `scale_lr` makes of lr_find's; and with
-batches of 64 and lr_find's own. That is done for two of lr_find's suggestions: `valley`, its default, and `minimum`,
-a tenth of the rate at which its loss is least.
+The speed: seconds of a step, measured apart, in half a second of training and six steps at least, in five rounds in each of
+which all batch sizes have their turn. The time to the target is steps times that, and that of a course likewise.
 
-All is kept in `results/proof/`, a study in each folder, and `results/proof_find.csv`, and is not repeated: remove a
-folder to repeat it. The sweep of a task takes under an hour, the rest a few minutes; let nothing else run beside that.
-Many runs of the first four tasks were made by an older program and converted: of them only steps are known, and
+The recipe: `bs_find()` on three learners with batches of 64 and other weights. Then the task is trained as they say, to the target and in a course; and with batches of 64 and the `valley` of `lr_find`, as people do without a recipe.
+
+All is kept in `results/proof/`, a study in each folder, `results/proof_valley.csv` and `results/proof_recipe.csv`, and is not
+repeated: remove a folder to repeat it. The sweep of a task takes under an hour, the rest a few minutes; let nothing else run
+beside that. Many runs of the first four tasks were made by an older program and converted: of them only steps are known, and
 `steps_to_target` is the middle of the two looks between which it lies. The picture is `nbs/images/proof.png`."""
 from tasks import *
-from fastai.callback.schedule import minimum, valley
 from fastai_bs_finder.recorder import log2_axis
+from fastai_bs_finder.stats import even_rounds
 import matplotlib.pyplot as plt
 
-suggestions = dict(valley=valley, minimum=minimum) # of lr_find
+n_recipes,n_trained,constant = 3,3,.7 # a constant rate is so many times the peak that a recipe gives
 
 def folder(task, what): return RESULTS/'proof'/task.lower().replace(', ', '_')/what
 
-def study(task, data, what, bss, **kw):
+def study(task, data, what, bss, lrs='tuned', **kw):
     "Trainings to the target of a task"
     t = tasks[task]
     return bs_study(
-        partial(learner, task, data), bss, target=t.target, max_examples=t.max_examples, path=folder(task, what), **kw)
+        partial(learner, task, data), bss, lrs, target=t.target, max_examples=t.max_examples, path=folder(task, what), **kw)
+
+def courses(task, data, epochs, lrs, **kw):
+    "Courses of `epochs`, at the batch sizes and peaks of the dictionary `lrs`"
+    return bs_study(partial(learner, task, data), list(lrs), lrs, epochs=epochs, path=folder(task, f'courses_{epochs}'), **kw)
+
+def all_courses(task, data, **kw):
+    t = tasks[task]
+    return courses(task, data, t.epochs, {int(o): list(t.peaks) for o in t.courses}, **kw)
 
 class Enough(Callback):
     "Ends the training of an epoch after half a second"
@@ -39,87 +47,151 @@ class Enough(Callback):
 
 def half_a_second(learn, epochs, lr): learn.fit(epochs, lr, cbs=Enough())
 
-def speed(task, data, bss):
-    "Courses of half a second, which say how long a step takes at each batch size"
-    return bs_study(
-        partial(learner, task, data), bss, [1e-6], epochs=1, fit=half_a_second, path=folder(task, 'speed'))
+def speed(task, data, bss, n_rounds=5):
+    "Seconds of a step by batch size; of each round, in a folder of its own"
+    rounds = [bs_study(partial(learner, task, data), bss, [1e-6], epochs=1, fit=half_a_second, n_seeds=1,
+                       path=folder(task, f'speed_{i}')) for i in range(n_rounds)]
+    return speed_of([o.df for o in rounds])
 
-def find(task, data, suggestion):
-    "What `lr_find` and, with its learning rate, `bs_find` say at a batch size of 64, and how long they take"
-    set_seed(0)
-    learn = learner(task, data, 64).remove_cb(ProgressCallback)
-    learn.dls.train.rng = random.Random(0)
-    with tempfile.TemporaryDirectory() as tmp:
-        learn.path = Path(tmp)
-        start = time.perf_counter()
-        lr = learn.lr_find(show_plot=False, suggest_funcs=suggestions[suggestion])[0]
-        mid = time.perf_counter()
-        sugg = learn.bs_find(
-            lr, show_plot=False, suggest_funcs=(BSSuggestion.Fastest,BSSuggestion.Critical,BSSuggestion.Efficient))
-        end = time.perf_counter()
-    row = learn.recorder.settled()
-    fit = learn.recorder.profile.step_time
-    return dict(
-        task=task, suggestion=suggestion, lr_find=lr, noise_scale=row.noise_scale, lower=row.lower, upper=row.upper,
-        **sugg._asdict(), lr=scale_lr(lr, 64, sugg.fastest, noise_scale=row.noise_scale, opt=learn.opt_func),
-        overhead=fit.overhead, per_item=fit.per_item, error=fit.error, lr_find_seconds=mid-start, bs_find_seconds=end-mid)
+def speed_of(dfs):
+    rounds = pd.DataFrame([o.set_index('bs').step_time for o in dfs])
+    return pd.Series(even_rounds(rounds.to_numpy())[0], rounds.columns)
 
-def found(task, data):
-    "Rows of `find`, computed if they are not kept yet"
-    path = RESULTS/'proof_find.csv'
-    df = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=['task','suggestion'])
-    missing = [o for o in suggestions if not ((df.task==task) & (df.suggestion==o)).any()]
-    if missing:
-        df = pd.concat([df, pd.DataFrame([find(task, data, o) for o in missing])], ignore_index=True)
+def kept(name, task, n, make):
+    "Rows of a table of results, `n` for each task; those that are missing are made by `make(i)`"
+    path = RESULTS/f'{name}.csv'
+    df = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=['task'])
+    for i in range(int((df.task==task).sum()), n):
+        df = pd.concat([df, pd.DataFrame([dict(task=task) | make(i)])], ignore_index=True)
         df.to_csv(path, index=False, float_format='%.6g')
-        df = pd.read_csv(path) # as it will be read the next time
+    df = pd.read_csv(path) # as it will be read the next time
     return df[df.task==task]
 
-def predicted(task, data, fs, n_seeds):
-    "Trainings as predicted: at 64 and at `fastest`, with the learning rates that belong to them"
-    for f in fs.itertuples():
-        lrs = {64: [f.lr_find], int(f.fastest): [f.lr]}
-        res = study(task, data, 'predicted', list(lrs), lrs=lrs, n_seeds=n_seeds)
-    return res
+def new_learner(task, data, seed):
+    set_seed(seed)
+    learn = learner(task, data, 64).remove_cb(ProgressCallback)
+    learn.dls.train.rng = random.Random(seed)
+    return learn
 
-def loaded(task): return tuple(Study.load(folder(task, o)) for o in ('sweep','speed','predicted'))
+def valley(task, data, seed):
+    "What people do without a recipe"
+    learn = new_learner(task, data, seed)
+    with tempfile.TemporaryDirectory() as tmp:
+        learn.path = Path(tmp)
+        return dict(valley=learn.lr_find(show_plot=False).valley)
 
-def compare(task, f, sweep, speed, predicted):
-    "The sweep of a task as a table, and a row that has the prediction `f` beside it"
-    step,fit = speed.df.groupby('bs').step_time.median(),sweep.critical()
-    grid = sweep.best()[['lr','steps_to_target','edge']].assign(step=step)
+def recipe(task, data, seed):
+    "What `bs_find` says, and how long it takes"
+    learn,start = new_learner(task, data, seed),time.perf_counter()
+    sugg = learn.bs_find(epochs=tasks[task].epochs, show_plot=False)
+    seconds,row,race = time.perf_counter()-start,learn.recorder.settled(),learn.recorder.race
+    return dict(seed=seed, **sugg._asdict(), predicted=race.predicted, noise_scale=row.noise_scale, lower=row.lower,
+                upper=row.upper, lr_low=race.low, lr_high=race.high, racers=len(race.rows), seconds=seconds)
+
+def followed(task, data, recipes, lr_64, n_seeds):
+    "Trainings and courses as the recipes say, and with batches of 64 as people do"
+    answers = [(int(o.fastest),o.lr,int(o.epochs)) for o in recipes.head(n_trained).itertuples()]
+    lrs,E = {64: [lr_64]},tasks[task].epochs
+    for bs,lr,_ in answers: lrs.setdefault(bs, []).append(constant*lr)
+    to_target = study(task, data, 'followed', list(lrs), {k: sorted(set(v)) for k,v in lrs.items()}, n_seeds=n_seeds)
+    by_epochs = {}
+    for bs,lr,epochs in [(64,lr_64,E),*answers]: by_epochs.setdefault(epochs, {}).setdefault(bs, []).append(lr)
+    def made(epochs, lrs): return courses(task, data, epochs, {b: sorted(set(o)) for b,o in lrs.items()}, n_seeds=n_seeds)
+    return to_target,{k: made(k, v) for k,v in by_epochs.items()}
+
+def rows_of(study, bs, lr): return [o for o in study.rows if o['bs']==bs and math.isclose(o['lr'], lr, rel_tol=1e-5)]
+
+def sweep_table(sweep, step):
+    "The best of the sweep at each batch size, with its time"
+    grid = sweep.best()[['lr','steps_to_target','edge']].join(step.rename('step'))
     grid['examples'],grid['seconds'] = grid.index*grid.steps_to_target,grid.step*grid.steps_to_target
-    grid['predicted'] = grid.step*(1+f.noise_scale/grid.index)
+    return grid
+
+def to_target(task, grid, sweep, step, recipes, lr_64, trained):
+    "A row: what the recipe says, and its time to the target beside the best of the sweep and beside batches of 64"
     def seconds(bs, lr):
-        failed,steps = predicted.rank([o for o in predicted.rows if o['bs']==bs and math.isclose(o['lr'], lr, rel_tol=1e-6)])
+        failed,steps = trained.rank(rows_of(trained, bs, lr))
         return math.inf if failed else step[bs]*steps
-    fastest,best = int(f.fastest),grid.seconds.idxmin()
-    at_fastest,at_64,cost = seconds(fastest, f.lr),seconds(64, f.lr_find),float((sweep.df.steps*sweep.df.bs.map(step)).sum())
-    return grid,fit,{
-        'task':task, 'lr_find':f.suggestion, 'noise scale':f'{f.noise_scale:,.0f} ({f.lower:,.0f} to {f.upper:,.0f})',
-        'critical':int(f.critical), 'fitted':fit.critical, 'interval':f'{fit.lower:,.0f} to {fit.upper:,.0f}',
-        'fitted/critical':fit.critical/f.critical, 'fastest':fastest, 'best':int(best),
-        's at best':grid.seconds[best], 's at fastest':at_fastest, 's at 64':at_64,
-        'fastest/best':at_fastest/grid.seconds[best], 'fastest/64':at_fastest/at_64,
-        'fastest/best, both tuned':grid.seconds.get(fastest, math.inf)/grid.seconds[best],
-        'lr at 64, fastest':f"{f.lr_find:.2g}, {f.lr:.2g}", 'tuned':f"{grid.lr[64]:.2g}, {grid.lr.get(fastest, math.nan):.2g}",
-        'bs_find (s)':f.bs_find_seconds, 'sweep (s)':cost, 'sweep/bs_find':cost/f.bs_find_seconds}
+    best,fit = grid.seconds.idxmin(),sweep.critical()
+    times = [seconds(int(o.fastest), constant*o.lr) for o in recipes.head(n_trained).itertuples()]
+    cost = float((sweep.df.steps*sweep.df.bs.map(step)).sum())
+    return {
+        'task':task, 'fastest':', '.join(f'{o:,.0f}' for o in recipes.fastest),
+        'lr':', '.join(f'{o:.2g}' for o in recipes.lr), 'lr, largest/smallest':recipes.lr.max()/recipes.lr.min(),
+        'best bs':int(best), 'its lr':grid.lr[best], 's at best':grid.seconds[best],
+        'recipe/best':float(np.median(times)/grid.seconds[best]),
+        'of each':', '.join(f'{o/grid.seconds[best]:.2f}' for o in times),
+        '64 with valley/best':seconds(64, lr_64)/grid.seconds[best],
+        'noise scale':', '.join(f'{o:,.0f}' for o in recipes.noise_scale),
+        'fitted':f'{fit.critical:,.0f} ({fit.lower:,.0f} to {fit.upper:,.0f})',
+        'call (s)':', '.join(f'{o:.0f}' for o in recipes.seconds), 'sweep (s)':cost, 'sweep/call':cost/recipes.seconds.median()}
+
+def in_courses(task, step, recipes, lr_64, done):
+    "A row: the recipe's courses beside those with batches of 64, and beside the best of the sweep that is as fast"
+    E = tasks[task].epochs
+    def seconds(epochs, bs): return done[epochs].df.query('bs==@bs').steps.iloc[0]*step[bs]
+    def losses(epochs, bs, lr): return [o['valid_loss'] for o in rows_of(done[epochs], bs, lr)]
+    answers = [(int(o.epochs),int(o.fastest),o.lr) for o in recipes.head(n_trained).itertuples()]
+    base,t_64 = losses(E, 64, lr_64),seconds(E, 64)
+    mine,t = [losses(*o) for o in answers],[seconds(e, bs) for e,bs,_ in answers]
+    df = done[E].df.groupby(['bs','lr']).valid_loss.agg(['mean','std','count']).query('count > 1').reset_index()
+    def best(limit): return df[df.bs.map(lambda o: seconds(E, o)) <= 1.001*limit].sort_values('mean').head(1).to_dict('records')
+    fast = [best(o) for o in t]
+    def shown(v): return f'{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}'
+    def config(o): return f"{o[0]['mean']:.4f} ± {o[0]['std']:.4f} ({o[0]['bs']}, {o[0]['lr']:.2g})" if o else 'none'
+    return {
+        'task':task, 'epochs of 64':E, '64 with valley':shown(base), 's':t_64,
+        'recipe: bs, lr, epochs':'; '.join(f'{b}, {lr:.2g}, {e}' for e,b,lr in answers),
+        'its loss':'; '.join(map(shown, mine)), 'times faster':', '.join(f'{t_64/o:.2f}' for o in t),
+        'best as fast':'; '.join(map(config, fast))}
+
+def peaks(task, sweep, done):
+    "Rows: the best peak of a course over the best constant rate, at each batch size"
+    df,const = done[tasks[task].epochs].df,sweep.best().lr
+    df = df[df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())]
+    means = df.groupby(['bs','lr']).valid_loss.mean().unstack()
+    def row(bs, losses):
+        near = min(losses.dropna().index, key=lambda o: abs(math.log(o/const[bs])))
+        return {
+            'task':task, 'bs':int(bs), 'best constant':const[bs], 'best peak':losses.idxmin(),
+            'peak/constant':losses.idxmin()/const[bs], 'loss, best peak':losses.min(), 'loss, peak as the constant':losses[near]}
+    return [row(b, o) for b,o in means.iterrows() if b in const.index]
+
+def is_done(task):
+    "Are all trainings of a task kept?"
+    return folder(task, 'followed').exists() and folder(task, f'courses_{tasks[task].epochs}').exists()
+
+def report(task):
+    "From what is kept: the sweep as a table and its fit, and the rows of the three tables"
+    def rows(name): return pd.read_csv(RESULTS/f'{name}.csv').set_index('task').loc[[task]]
+    swept,trained = (Study.load(folder(task, o)) for o in ('sweep','followed'))
+    done = {int(o.name.split('_')[1]): Study.load(o) for o in folder(task, '').glob('courses_*')}
+    step = speed_of([Study.load(o).df for o in sorted(folder(task, '').glob('speed_*'))])
+    recipes,lr_64,grid = rows('proof_recipe'),rows('proof_valley').valley.iloc[0],sweep_table(swept, step)
+    return dict(
+        swept=swept, grid=grid, recipes=recipes, to_target=to_target(task, grid, swept, step, recipes, lr_64, trained),
+        courses=in_courses(task, step, recipes, lr_64, done), peaks=peaks(task, swept, done))
 
 def picture(res):
-    "For each task the steps and seconds over the batch size, and what was predicted; `res` has what `compare` returns"
+    "For each task the steps and seconds over the batch size, and what the recipe said"
     fig,axs = plt.subplots(len(res), 2, figsize=(10,3.2*len(res)), layout='constrained', squeeze=False)
-    for (left,right),(task,(grid,fit,row)) in zip(axs, res.items()):
-        bs = np.geomspace(grid.index[0], grid.index[-1], 100)
+    for (left,right),(task,o) in zip(axs, res.items()):
+        grid,fit,row,recipes = o['grid'],o['swept'].critical(),o['to_target'],o['recipes']
+        s_64 = row['64 with valley/best']*row['s at best']
+        bs,mid = np.geomspace(grid.index[0], grid.index[-1], 100),recipes.iloc[0]
         left.plot(grid.index, grid.steps_to_target, 'o', label='trained, learning rate tuned')
         left.plot(bs, fit(bs), color='C0', lw=1, label='curve fitted to it')
-        left.axvline(row['critical'], color='C3', ls='--', label='suggested: `critical` left, `fastest` right')
-        left.set(title=f"{task}\ncritical: {row['critical']:,} suggested, {fit.critical:,.0f} fitted", ylabel='Steps to the target')
+        left.axvline(mid.noise_scale, color='C3', ls='--', label='the recipe: noise scale left, `fastest` right')
+        title = f"{task}\ncritical: {mid.noise_scale:,.0f} measured, {fit.critical:,.0f} fitted"
+        left.set(title=title, ylabel='Steps to the target')
         right.plot(grid.index, grid.seconds, 'o')
-        right.plot(grid.index, grid.predicted*grid.seconds.min()/grid.predicted.min(), color='C1', lw=1, label='predicted form')
-        right.plot([row['fastest'],64], [row['s at fastest'],row['s at 64']], 'x', color='C3', ms=9,
-                    label=f"trained at `fastest` and 64, learning rate by `{row['lr_find']}`")
-        right.axvline(row['fastest'], color='C3', ls='--')
-        right.set(title=f"fastest: {row['fastest']:,} suggested, {row['best']:,} found", ylabel='Seconds to the target')
+        best = grid.seconds.min()
+        ratios = [float(o) for o in row['of each'].split(', ')]
+        sizes = [*recipes.fastest.head(n_trained)]
+        right.plot(sizes, [o*best for o in ratios], 'x', color='C3', ms=9, label='trained as the recipes say')
+        right.plot([64], [s_64], '+', color='C1', ms=11, label='trained with 64 and `valley`')
+        right.axvline(mid.fastest, color='C3', ls='--')
+        right.set(title=f"fastest: {mid.fastest:,.0f} said, {row['best bs']:,} found", ylabel='Seconds to the target')
         for ax in (left,right):
             ax.set_xlabel('Batch size (items)')
             log2_axis(ax.xaxis)
@@ -131,21 +203,26 @@ def picture(res):
 def main():
     p = parser(__doc__, data=True, seeds=3, jobs=1)
     p.add_argument('--task', choices=tasks, help='only this one')
+    p.add_argument('--only', choices=['courses'], help='only the sweep of courses')
     args = p.parse_args()
-    res = {}
-    for task in [o for o in tasks if args.task in (None,o)]:
+    chosen,res = [o for o in tasks if args.task in (None,o)],{}
+    if args.only: return [all_courses(o, args.data, n_seeds=args.seeds, n_jobs=args.jobs) for o in chosen]
+    for task in chosen:
         t = tasks[task]
         swept = study(task, args.data, 'sweep', t.bss, lr=t.lr, lr_bs=64, n_seeds=args.seeds, n_jobs=args.jobs)
-        fs = found(task, args.data)
-        timed = speed(task, args.data, sorted({*swept.df.bs, *fs.fastest.astype(int)}))
-        runs = predicted(task, args.data, fs, args.seeds)
-        for f in fs.itertuples(): res[task,f.suggestion] = compare(task, f, swept, timed, runs)
+        all_courses(task, args.data, n_seeds=args.seeds, n_jobs=args.jobs)
+        lr_64 = kept('proof_valley', task, 1, partial(valley, task, args.data)).valley.iloc[0]
+        recipes = kept('proof_recipe', task, n_recipes, partial(recipe, task, args.data))
+        speed(task, args.data, sorted({*swept.df.bs, *t.courses, *recipes.fastest.astype(int)}))
+        followed(task, args.data, recipes, lr_64, args.seeds)
+        res[task] = report(task)
         print(f"## {task}: validation loss {t.target}\n")
-        table(res[task,'minimum'][0].reset_index().to_dict('records'))
-    print("## Prediction and proof\n")
-    table([o[-1] for o in res.values()])
-    if args.task is None:
-        by_valley = {k: v for (k,o),v in res.items() if o=='valley'}
-        picture(by_valley).savefig(Path(__file__).parents[1]/'nbs'/'images'/'proof.png', dpi=80)
+        table(res[task]['grid'].reset_index().to_dict('records'))
+    for title,k in (('To the target','to_target'), ('Courses','courses')):
+        print(f"## {title}\n")
+        table([o[k] for o in res.values()])
+    print("## Peak or constant\n")
+    table([row for o in res.values() for row in o['peaks']])
+    if args.task is None: picture(res).savefig(Path(__file__).parents[1]/'nbs'/'images'/'proof.png', dpi=80)
 
 if __name__=='__main__': main()

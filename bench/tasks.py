@@ -84,14 +84,21 @@ class Task(NamedTuple):
     lr:float # Where tuning begins, at batches of 64
     bss:list # Batch sizes of the sweep
     max_examples:float # After so many a run is given up
+    epochs:int # Of a course
+    courses:list # Batch sizes of the courses
+    peaks:list # Their learning rates
+
+sgd_peaks,adam_peaks = .1*2.**np.arange(5),2e-3*2.**np.arange(6)
 
 tasks = {
-    'MNIST, SGD': Task(mnist_dls, partial(classifier, opt_func=SGD), .1, .2, 2**np.arange(4, 12), 1.6e6),
-    'MNIST, Adam': Task(mnist_dls, partial(classifier, opt_func=Adam), .1, 4e-3, 2**np.arange(3, 13), 6e5),
-    'Adult, Adam': Task(adult_dls, census, .355, 2e-3, 2**np.arange(4, 13), 2e5),
-    'Republic, Adam': Task(republic_dls, tiny_lm, 2., 8e-3, 2**np.arange(3, 11), 2e5),
-    'CIFAR, Adam': Task(cifar_dls, small_resnet, 1.35, 4e-3, 2**np.arange(4, 11), 3e5),
-    'Flights, Adam': Task(flights_dls, delay, .86, 1e-3, 2**np.arange(5, 13), 1e6)}
+    'MNIST, SGD': Task(
+        mnist_dls, partial(classifier, opt_func=SGD), .1, .2, 2**np.arange(4, 12), 1.6e6, 1, 2**np.arange(6, 10), sgd_peaks),
+    'MNIST, Adam': Task(
+        mnist_dls, partial(classifier, opt_func=Adam), .1, 4e-3, 2**np.arange(3, 13), 6e5, 1, 2**np.arange(6, 11), adam_peaks),
+    'Adult, Adam': Task(adult_dls, census, .355, 2e-3, 2**np.arange(4, 13), 2e5, 2, 2**np.arange(6, 12), adam_peaks),
+    'Republic, Adam': Task(republic_dls, tiny_lm, 2., 8e-3, 2**np.arange(3, 11), 2e5, 1, 2**np.arange(5, 9), adam_peaks),
+    'CIFAR, Adam': Task(cifar_dls, small_resnet, 1.35, 4e-3, 2**np.arange(4, 11), 3e5, 2, [128], adam_peaks[1:4]),
+    'Flights, Adam': Task(flights_dls, delay, .86, 1e-3, 2**np.arange(5, 13), 1e6, 1, 2**np.arange(6, 13), adam_peaks)}
 
 @functools.cache
 def loaders(task, data): return tasks[task].dls(data)

@@ -148,8 +148,7 @@ def _parser():
                    help="column of the table to predict; a number, from 0, for a file without a header line")
     p.add_argument('--out', type=Path, default=Path('bs_find.png'), metavar='PATH',
                    help='where to save the picture (default: %(default)s)')
-    p.add_argument('--num_it', type=int,
-                   help='batches to process: more of them look further into training (default: one epoch, at least 800)')
+    p.add_argument('--seconds', type=float, default=60., help='that it may take (default: %(default)s)')
     return p
 
 def _cant_write(path):
@@ -169,31 +168,27 @@ def _check_args(args):
         return "--target names a column of a .csv table: give the table with --data"
 
 # %% ../nbs/12_demo.ipynb #a47e2d1e
-def _search(learn, num_it):
-    "Find a learning rate and batch sizes, and as many other facts as the report needs"
-    bs,n_items = learn.dls.train.bs,len(learn.dls.train_ds)
-    n_batch = max(2, min(5, n_items//bs))
-    if num_it is None: num_it = max(800, len(learn.dls.train))
-    if num_it < 2*n_batch: raise ValueError(f"--num_it must be at least {2*n_batch} for this data, got {num_it}")
+def _search(learn, seconds):
+    "Find a batch size and its learning rate"
+    n_batch = max(2, min(5, len(learn.dls.train_ds)//learn.dls.train.bs))
     with nullcontext() if sys.stdout.isatty() else learn.no_bar(): # a progress bar fills a file with a line per batch
-        lr = learn.lr_find(show_plot=False).valley
-        sugg = learn.bs_find(lr, num_it=num_it, n_batch=n_batch, show_plot=False)
-    return dict(lr=lr, sugg=sugg, bs=bs, n_items=n_items, num_it=num_it, n_steps=num_it//n_batch)
+        return learn.bs_find(seconds=seconds, n_batch=n_batch, show_plot=False)
 
 # %% ../nbs/12_demo.ipynb #a47e2d1f
-def _report(rec, data, out, lr, sugg, bs, n_items, num_it, n_steps):
+def _report(learn, data, out, sugg):
     "Print what was found"
+    rec,bs,n_items = learn.recorder,learn.dls.train.bs,len(learn.dls.train_ds)
     print(f"\nData:           {data or 'the digits of scikit-learn'}, {n_items:,} training items in batches of {bs}")
-    print(f"Learning rate:  {lr:.2g} (lr_find)")
     if sugg is None: return print("Batch size:     none found, see the warning above")
     print(f"Found:          {rec.bs_find_summary()}")
+    print(f"                {rec.lr_race_summary()}")
     what = 'reaches a given loss soonest' if sugg.critical else 'the fastest to process examples'
     if sugg.fastest: print(f"Batch size:     {sugg.fastest} ({what} on this machine)")
     if sugg.critical: print(f"                beyond {sugg.critical} larger batches save few steps")
+    print(f"Learning rate:  {sugg.lr:.2g}, with that batch size")
     print(f"\nOn the way to the same loss, as a multiple of what batches of {bs} cost:\n")
     print(rec.bs_table().drop(columns=['efficiency','memory','fits','how'], errors='ignore'))
-    print(f"\nThis looked at the first {n_steps:,} optimizer steps of a training. "
-          f"Later the noise scale is usually larger:\n--num_it {10*num_it} looks ten times as far.\n")
+    print(f"\nThe noise scale is that after {rec.search.at_rest} steps of training; later it is usually larger.\n")
     print(f"Picture:        {out}")
 
 # %% ../nbs/12_demo.ipynb #72ce0b1c
@@ -202,11 +197,10 @@ def _run(args):
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as tmp:
         warnings.filterwarnings('ignore', module=r'(torch|fastai|pandas)\.') # theirs, not ours
         learn = get_learner(args.data, args.target)
-        learn.path = Path(tmp) # where `lr_find` keeps the weights meanwhile
-        found,rec = _search(learn, args.num_it),learn.recorder
-    sugg = found['sugg']
-    if sugg is not None: rec.plot_bs_find(suggestions=sugg, nms=sugg._fields, return_fig=True).savefig(args.out)
-    _report(rec, args.data, args.out, **found)
+        learn.path = Path(tmp) # nothing is written there, but callbacks may
+        sugg = _search(learn, args.seconds)
+    if sugg is not None: learn.recorder.plot_lr_race(return_fig=True).savefig(args.out)
+    _report(learn, args.data, args.out, sugg)
     sys.stdout.flush()
 
 def main(

@@ -20,7 +20,7 @@ from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastprogress.fastprogress import progress_bar
-from .stats import fit_step_time, is_number, is_whole
+from .stats import even_rounds, fit_step_time, is_number, is_whole
 from .callbacks import takes_part
 from .state import check_learner, check_loss, check_target, preserve
 from .loaders import EndlessBatches, check_loader, n_items
@@ -271,10 +271,11 @@ class _Attempt:
     startup:float = 0. # Seconds until the first batch was there
     seconds:float = 0. # That the attempt took
 
-    def row(self):
-        known = dict(bs=self.bs, memory=self.memory, fits=self.fits)
-        if not self.steps: return known | dict(step_time=math.nan, data_share=math.nan)
-        return known | dict(step_time=float(np.median(self.steps)), data_share=sum(self.waits)/sum(self.steps))
+    rounds:list = field(default_factory=list) # Seconds of a step in each round; nan where it was not timed
+
+    def row(self, step_time):
+        share = sum(self.waits)/sum(self.steps) if self.steps else math.nan
+        return dict(bs=self.bs, memory=self.memory, fits=self.fits, step_time=step_time, data_share=share)
 
 class _Profiler:
     "Tries one size after the other within `limit` seconds, and knows why it stopped"
@@ -299,6 +300,8 @@ class _Profiler:
         return watch
 
 # %% ../nbs/08_profile.ipynb #db405fbf
+_share = 1/4 # of the time limit that trying one size may take, or there is none left to time the others again
+
 @patch
 def why_not(self:_Profiler, bs):
     "A sentence if `bs` is not even to be tried, going by what the size before it took"
@@ -308,7 +311,8 @@ def why_not(self:_Profiler, bs):
     grown = bs/last.bs
     longer = max(2, grown) if grown > 1 else 1
     least = last.startup + (_warm_up+_blocks+2*self.workers)*np.median(last.steps)*longer
-    if time.perf_counter()+least > self.until:
+    too_long = not self.asked and grown > 1 and least > _share*self.limit
+    if too_long or time.perf_counter()+least > self.until:
         return f"{max(o.bs for o in fitting):,} was the last that the time limit of {self.limit:g} s allowed"
     if self.device.type!='cuda' and last.memory*grown > self.most:
         return f"{bs:,} could take more than the {self.memory.room/2**20:,.0f} MB of memory that are free, so it was not tried"
@@ -325,14 +329,26 @@ def measure(self:_Profiler, bs):
     watch = self.take(bs, memory)
     fits = memory.peak <= self.most
     if not fits: self.failed[bs] = f"{bs:,} ran, but left less than {self.margin:.0%} of the memory free"
-    self.tried.append(_Attempt(bs, watch.steps, watch.waits, memory.peak, fits, watch.startup, time.perf_counter()-start))
+    self.tried.append(_Attempt(bs, watch.steps, watch.waits, memory.peak, fits, watch.startup, time.perf_counter()-start,
+        [float(np.median(watch.steps))]))
 
 @patch
 def again(self:_Profiler, o):
     "Time a size once more, if it fits and there is time"
-    if not o.fits or time.perf_counter()+1.5*o.seconds > self.until: return
+    o.rounds.append(math.nan)
+    if time.perf_counter()+1.5*o.seconds > self.until: return
     watch = self.take(o.bs)
-    o.steps,o.waits = o.steps+watch.steps,o.waits+watch.waits
+    o.steps,o.waits,o.rounds[-1] = o.steps+watch.steps,o.waits+watch.waits,float(np.median(watch.steps))
+
+@patch
+def rows(self:_Profiler):
+    "Rows of the table, and how many times slower the machine was in the slowest round than in the fastest"
+    timed = [o for o in self.tried if o.rounds]
+    n = max((len(o.rounds) for o in timed), default=0)
+    if not n: return [o.row(math.nan) for o in self.tried],1.
+    times,slower = even_rounds([[o.rounds[i] if i < len(o.rounds) else math.nan for o in timed] for i in range(n)])
+    times = dict(zip([o.bs for o in timed], times))
+    return [o.row(float(times.get(o.bs, math.nan))) for o in self.tried],max(slower)/min(slower)
 
 # %% ../nbs/08_profile.ipynb #b573d7e0
 @patch
@@ -387,7 +403,7 @@ def finish(self:_Profiler, end):
 @patch
 def run(self:_Profiler,
     sizes, # Batch sizes
-    rounds:int=3, # Times that all sizes are gone through
+    rounds:int=5, # Times that all sizes are gone through, if there is time
     down:bool=True # If none of them fits, try smaller ones?
 ):
     "Try all of it, as a mock training that leaves no trace"
@@ -424,6 +440,7 @@ def profile_key(
 
 # %% ../nbs/08_profile.ipynb #113ad0d8
 _scatter = .5 # relative deviation of a step time from the curve that is called in question
+_uneven = 2 # times slower in one round than in another, which is told
 
 @patch
 def bs_profile(self:Learner,
@@ -446,10 +463,15 @@ def bs_profile(self:Learner,
     shown = progress_bar(sizes, leave=False) if self._grab_cbs(ProgressCallback) else sizes
     try: profiler.run(shown, down=bss is None)
     finally: # what was timed before an interrupt is kept, too
-        if profiler.tried: rec.keep(profile=Profile([o.row() for o in profiler.tried], profiler.end, key))
+        if profiler.tried:
+            rows,uneven = profiler.rows()
+            rec.keep(profile=Profile(rows, profiler.end, key))
     if not profiler.tried: rec.keep(profile=Profile([], profiler.end, key))
     if rec.profile.largest_fit is None: return rec.bs_profile_stats
     error = rec.profile.step_time.error
+    if uneven > _uneven: warn(
+        f"the machine was {uneven:.1f} times slower in one round of the profile than in another, as where something else is "
+        "running. That is taken out of the step times, but they are less sure", stacklevel=2)
     if error > _scatter: warn(
         f"the step times scatter, by up to {error:.0%} around a curve: "
         "if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)

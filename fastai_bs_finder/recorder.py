@@ -29,6 +29,9 @@ class Search:
     batch_norm:bool = False # Has the model batch norm?
     n_tokens:float = None # For language models, tokens in a sequence; None for all others
     ended_by_tol:bool = False # Did it end because it was sure enough?
+    at_rest:int = None # If the weights stayed as they were: the steps that had been trained before; None: they moved on
+    epochs:float = None # Epochs of the training that is asked about; None: it wasn't said
+    in_epochs:str = '' # What follows for them, in words
     window:int = 0 # Examples in the largest batch that was measured
     noise:list = field(default_factory=list) # tr Σ, smoothed
     scale:list = field(default_factory=list) # |G|², smoothed
@@ -69,7 +72,7 @@ def settled(self:Search)->pd.Series: # The row of `stats`
     "The measurement in the middle (the median by noise scale) of the last quarter; the very last, if that was sure enough"
     df = self.stats
     if df.empty: raise ValueError(_nothing)
-    if self.ended_by_tol: return df.iloc[-1]
+    if self.ended_by_tol or self.at_rest is not None: return df.iloc[-1]
     last = df.iloc[-max(1, len(df)//4):].sort_values('noise_scale', kind='stable')
     return last.iloc[(len(last)-1)//2]
 
@@ -112,7 +115,7 @@ class BSRecorder(Recorder):
         return learn.recorder
 
     def keep(self,
-        **records # `search` or `profile`
+        **records # `search`, `profile` or `race`
     ):
         "Forget an earlier record and keep this one"
         self.__dict__.update(records) # not by `setattr`: `Callback` warns where the model happens to use the name too
@@ -124,7 +127,7 @@ class BSRecorder(Recorder):
     def __reduce_ex__(self, protocol):
         "Pickle as a plain `Recorder`, so that an exported learner opens where this package is not installed"
         base = next(o for o in type(self).__mro__ if not issubclass(o, BSRecorder))
-        state = {k:v for k,v in self.__getstate__().items() if k not in ('search','profile')}
+        state = {k:v for k,v in self.__getstate__().items() if k not in ('search','profile','race')}
         return copyreg._reconstructor, (base, object, None), state
 
 # what the record holds can be asked of the recorder, too
@@ -146,8 +149,9 @@ def bs_find_stats(self:Recorder):
 
 @patch
 def bs_find_summary(self:Recorder)->str: # One sentence
-    "What the search found, how sure that is, and between which powers of two it leaves the choice"
-    return search_of(self).summary()
+    "What the search found, how sure that is, between which powers of two it leaves the choice, and what follows for epochs"
+    search = search_of(self)
+    return search.summary() + (f'; {search.in_epochs}' if search.in_epochs else '')
 
 # %% ../nbs/07_recorder.ipynb #d89b79d9
 def log2_axis(

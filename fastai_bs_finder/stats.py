@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_and_scale', 'noise_scale', 'ratio_interval', 'is_number', 'is_whole', 'RunningNoiseScale', 'relative_steps',
            'relative_examples', 'StepTime', 'fit_step_time', 'StepsFit', 'fit_steps', 'Regimes', 'regimes',
-           'nearest_pow2']
+           'even_rounds', 'nearest_pow2']
 
 # %% ../nbs/00_stats.ipynb #0de9a756
 import math
@@ -250,6 +250,19 @@ def regimes(
     maximal = max(maximal, perfect)
     def between(i, j): return (int(bs[i]),int(bs[j])) if i < j else None
     return Regimes(between(0, perfect), between(perfect, maximal), between(maximal, n-1))
+
+# %% ../nbs/00_stats.ipynb #5f1d0b01
+def even_rounds(
+    times:np.ndarray # Seconds, rounds × things; nan where one was not timed in a round
+)->tuple: # Seconds of each thing, and how much slower than the median round each round was
+    "Times of things that were timed in rounds, each in all of them, on a machine that is faster in one round than in another"
+    logs = np.log(np.asarray(times, float))
+    slower = np.zeros(len(logs))
+    for i in range(1, len(logs)):
+        both = np.isfinite(logs[i]-logs[0])
+        if both.any(): slower[i] = np.median((logs[i]-logs[0])[both])
+    slower -= np.median(slower)
+    return np.exp(np.nanmedian(logs-slower[:,None], axis=0)), np.exp(slower)
 
 # %% ../nbs/00_stats.ipynb #2ec183fb
 def nearest_pow2(

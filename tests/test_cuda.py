@@ -1,4 +1,5 @@
 "The same on a GPU, where there is one."
+import gc
 from copy import deepcopy
 
 import numpy as np, pytest, torch
@@ -58,7 +59,8 @@ def test_profile_on_the_gpu(tmp_path):
     learn = make_learner(tmp_path)
     learn.dls.to('cuda') # the model is still on the CPU
     def allocated():
-        "Without what cuBLAS keeps for itself"
+        "Without what cuBLAS keeps for itself, and what earlier tests have left"
+        gc.collect()
         torch._C._cuda_clearCublasWorkspaces(), torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
     before = allocated()
@@ -71,3 +73,23 @@ def test_profile_on_the_gpu(tmp_path):
     assert (stats.memory[:4] > 0).all() and stats.memory[64] > stats.memory[8]
     assert learn.recorder.profile.end=='128 did not fit: out of memory'
     assert not any(p.is_cuda for p in learn.model.parameters()) and allocated()==before
+
+@pytest.mark.parametrize('half', [False,True])
+def test_recipe_on_the_gpu(tmp_path, half):
+    "Rates and batch sizes race there, a size that doesn't fit has lost, and the learner is as it was"
+    learn = make_learner(tmp_path)
+    learn.dls.to('cuda')
+    learn.model.to('cuda')
+    if half: learn.to_fp16()
+    weights,rng = [p.clone() for p in learn.model.parameters()],torch.cuda.get_rng_state()
+    class Greedy(Callback):
+        def before_batch(self):
+            if len(self.yb[0]) >= 128: self.learn.held = torch.empty(2**50, device='cuda')
+    learn.add_cb(Greedy())
+    sugg = learn.bs_find(seconds=30, show_plot=False)
+    race = learn.recorder.race
+    assert 0 < race.low <= race.high and sugg.lr > 0 and 8 <= sugg.fastest <= 64 and sugg.fastest==race.bs
+    assert torch.equal(rng, torch.cuda.get_rng_state())
+    assert all(torch.equal(p, w) for p,w in zip(learn.model.parameters(), weights))
+    learn.remove_cb(Greedy)
+    assert learn.lr_race(bs=16, seconds=10, show_plot=False).lr > 0

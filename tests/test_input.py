@@ -32,11 +32,10 @@ def test_lr(learn, lr):
     refused(learn, 'lr must be positive and finite.*lr_find', lr=lr)
 
 def test_default_lr(learn):
-    "The learner's own rate is what counts when none is passed"
+    "Without one, rates race from the learner's own on"
+    assert search(learn, lr=None, seconds=20).lr > 0 and learn.recorder.race.lr
     learn.lr = math.nan
-    refused(learn, 'lr must be positive and finite.*lr_find')
-    learn.lr = 1e-2
-    assert search(learn, lr=None) is not None
+    with pytest.raises(ValueError, match='lr must be positive and finite.*lr_find'): search(learn, lr=None)
 
 @pytest.mark.parametrize('n_batch', [1,0,-3])
 def test_n_batch(learn, n_batch):
@@ -250,7 +249,7 @@ def test_result(learn):
     def scaled(rec, k): return k*10
     def nothing(rec): return None
     res = search(learn, suggest_funcs=(BSSuggestion.Critical, partial(scaled, k=4), Callable_(), nothing), show_plot=True)
-    assert res._fields==('critical','scaled','Callable_','nothing') and res[1:]==(40,3,None)
+    assert res._fields==('critical','scaled','Callable_','nothing','lr') and res[1:-1]==(40,3,None)
     assert res.critical==critical(learn.recorder)
 
 @pytest.mark.parametrize('funcs', [None,()])

@@ -37,7 +37,7 @@ class Same:
     def __eq__(self, other): return isinstance(other, Same) and self.o is other.o
     def __repr__(self): return f'<{type(self.o).__name__} {id(self.o):x}>'
 
-_measured = 'search','profile'
+_measured = 'search','profile','race'
 
 _leaves = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex, bool, type(None),
            Path, torch.device, torch.dtype)

@@ -30,7 +30,8 @@ def test_code_blocks(dls, tmp_path, monkeypatch):
     names = {'dls': dls}
     for b in blocks: exec(b, names)
     sugg,learn = names['sugg'],names['learn']
-    assert sugg._fields==('fastest','critical') and learn.dls.train.bs==sugg.fastest and len(learn.recorder.values)==1
+    assert sugg._fields==('fastest','critical','lr','epochs') and learn.dls.train.bs==sugg.fastest
+    assert len(learn.recorder.values)==sugg.epochs
     assert learn.recorder.noise_scale and learn.recorder.profile.largest_fit
 
 def test_commands():

@@ -1,0 +1,336 @@
+"Races of learning rates and batch sizes, and the recipe made of them."
+import math, pickle, time
+from copy import deepcopy
+
+import numpy as np, pandas as pd, pytest, torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from fastcore.foundation import L
+from fastai_bs_finder.all import *
+from fastai_bs_finder.lr import Race, Races, n_groups, top_lr
+from fastai_bs_finder.suggest import epochs_at, lr_at, raced
+from helpers import digits, make_learner, plain_learner
+
+def state_of(learn):
+    "All of a learner that a race could disturb"
+    opt = deepcopy(learn.opt.state_dict()) if learn.opt else None
+    return dict(
+        weights=[p.clone() for p in learn.model.state_dict().values()], rng=torch.get_rng_state(), np=np.random.get_state()[1],
+        opt=opt, cbs=list(learn.cbs), dl=learn.dls.train, dl_rng=learn.dls.train.rng.getstate())
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, np.ndarray): return np.array_equal(a, b)
+    if isinstance(a, dict): return a.keys()==b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple,L)): return len(a)==len(b) and all(map(same, a, b))
+    return a is b or a==b
+
+def rows(losses, bs=64, n_steps=100, first=2.):
+    known = dict(bs=bs, n_steps=n_steps, seconds=1.)
+    return [dict(known, lr=k, loss=v, lost=math.isinf(v), losses=[first]+[v]*99) for k,v in losses.items()]
+
+# --- the mathematics of a race
+
+def test_range_is_interpolated():
+    "Between the best rates and worse ones, in the logarithm"
+    race = Race(1e-3, rows({.01: math.exp(.06), .02: 1., .04: 1., .08: math.exp(.06)}))
+    low,high = race.range_of(64, [100])
+    assert math.isclose(low, .02/2**.5) and math.isclose(high, .04*2**.5)
+    assert race.settle(64, [100]) and math.isclose(race.lr, (.02*.04)**.5)
+
+def test_longer_races_count_more():
+    "And a rate that did not run longer keeps how far it was behind"
+    race = Race(1e-3, rows({.01: 1., .02: 1.1, .04: 2.}, n_steps=25) + rows({.01: 1.1, .02: 1.}, n_steps=75))
+    e = race.excess(64, [25,75])
+    assert np.allclose([e[.01],e[.02],e[.04]], [.75*math.log(1.1),.25*math.log(1.1),math.log(2)])
+
+def test_away_from_the_cliff():
+    "A rate that is good next to one that learned nothing is lowered, and a diverged one is no answer"
+    race = Race(1e-3, rows({.1: 1.2, .2: 1., .4: 9.}))
+    race.settle(64, [100])
+    assert race.lr <= .4/2**1.5 and race.low > race.lr/2
+    assert not Race(1e-3, rows({.1: math.inf, .2: math.inf})).settle(64, [100])
+
+def test_nothing_learned_is_no_plateau():
+    "At the beginning all rates have the loss of an untrained model; the tolerance is no more than half of what was learned"
+    race = Race(1e-3, rows({.001: 2., .01: 1.999, .1: 1.98, 1.: 2.5}))
+    race.at_rest[64,100] = 2.
+    low,high = race.range_of(64, [100])
+    assert low > .02 and high < .2
+
+def test_negative_losses():
+    "There is no logarithm, and the answer is the same"
+    losses = {.01: 1.5, .02: 1.02, .04: 1., .08: 1.6}
+    low,high = Race(1e-3, rows(losses)).range_of(64, [100])
+    shifted = Race(1e-3, rows({k: v-5 for k,v in losses.items()}, first=-3.)).range_of(64, [100])
+    assert shifted[0]/low==pytest.approx(1, abs=.15) and shifted[1]/high==pytest.approx(1, abs=.15)
+
+def test_sizes_are_compared_by_end_and_way():
+    def steps(b): return 100
+    race = Race(1e-3, rows({.01: 1.}, bs=64) + rows({.01: 1., .02: 1.5}, bs=128, first=4.) + rows({.01: .5}, bs=256))
+    assert 0 < race.behind(128, 64, steps) < .01 and race.behind(256, 64, steps) < -.3
+    assert race.behind(256, 64, steps, per_item=True) < race.behind(256, 64, steps)-1 # sums over a batch
+    assert math.isinf(race.behind(32, 64, steps))
+
+# --- lr_race
+
+def test_beats_other_rates():
+    "Trained on for twice as long as the race, the rate that has won is ahead of rates eight times lower and higher"
+    def loss(lr):
+        learn = plain_learner()
+        with learn.no_logging(): learn.fit_one_cycle(8, lr)
+        return learn.validate()[0]
+    learn = plain_learner()
+    lr,low,high = learn.lr_race(show_plot=False)
+    assert low <= lr*1.01 and lr <= high*1.01
+    assert loss(lr) < min(loss(lr/8), loss(lr*8))
+
+@pytest.mark.parametrize('trained', [False,True])
+def test_leaves_no_trace(tmp_path, trained):
+    "Bit for bit, and a training afterwards is what it would have been"
+    learn,twin = (make_learner(tmp_path) for _ in range(2))
+    if trained:
+        for o in (twin,learn):
+            torch.manual_seed(0)
+            with o.no_logging(): o.fit(1)
+    before,losses = state_of(learn),list(learn.recorder.losses) if trained else []
+    learn.lr_race(seconds=5, show_plot=False)
+    assert same(before, state_of(learn)) and (same(losses, list(learn.recorder.losses)) if trained else True)
+    after = []
+    for o in (learn,twin):
+        torch.manual_seed(1)
+        o.dls.train.rng.seed(1)
+        with o.no_logging(): o.fit_one_cycle(1, 1e-3)
+        after.append([p.clone() for p in o.model.parameters()])
+    assert same(*after)
+
+def test_is_repeatable(tmp_path):
+    "The answer doesn't depend on the state of the random generators"
+    def raced_with(seed):
+        learn = make_learner(tmp_path)
+        torch.manual_seed(seed)
+        races = Races(learn, seconds=60)
+        races.find(64, 50, 1e-3)
+        return races.race.lr
+    assert raced_with(1)==raced_with(2)
+
+def test_groups_keep_their_ratio(tmp_path):
+    "Slices and lists, and what is frozen stays as it is"
+    def split(m): return L(m[:2], m[2:]).map(lambda o: list(o.parameters()))
+    learn = make_learner(tmp_path, splitter=split)
+    res = learn.lr_race(lr=slice(1e-5,1e-3), seconds=5, show_plot=False)
+    assert all(isinstance(o, slice) and math.isclose(o.stop, 100*o.start) for o in res)
+    res = learn.lr_race(lr=[1e-4,1e-3], seconds=5, show_plot=False)
+    assert n_groups(learn)==2 and all(math.isclose(o[1], 10*o[0]) for o in res)
+    learn.freeze()
+    seen = []
+    class Look(Callback):
+        run_mock = True
+        def after_batch(self): seen.append(self.model[0].weight.detach().clone())
+    learn.add_cb(Look())
+    learn.lr_race(seconds=3, show_plot=False)
+    assert len(seen) > 100 and all(torch.equal(o, learn.model[0].weight) for o in seen)
+    learn = make_learner(tmp_path, splitter=split, lr=slice(1e-5,1e-3))
+    lr = learn.bs_find(seconds=10, show_plot=False).lr
+    assert math.isclose(lr.stop, 100*lr.start)
+
+def test_accumulated_gradients(tmp_path):
+    "The rate belongs to the accumulated batch, steps are counted and not batches, and the callback is still there"
+    learn = make_learner(tmp_path, bs=16, cbs=GradientAccumulation(64))
+    seen = []
+    class Look(Callback):
+        run_mock = True
+        def after_step(self): seen.append(self.opt.hypers[0]['lr'])
+    learn.add_cb(Look())
+    races = Races(learn, seconds=60)
+    assert races.own_bs==64
+    racer = races.train(64, 1e-2, 20)
+    assert len(seen)==20 and len(racer.losses)==80 and max(seen)==1e-2 and seen[-1] < 3e-3
+    learn.lr_race(seconds=5, show_plot=False)
+    assert learn.recorder.race.bs==64 and learn._grab_cbs(GradientAccumulation)
+
+def test_schedule_of_a_racer(tmp_path):
+    "It rises, stays and falls, for all groups"
+    learn,seen = make_learner(tmp_path),[]
+    class Look(Callback):
+        run_mock = True
+        def after_step(self): seen.append(self.opt.hypers[0]['lr'])
+    learn.add_cb(Look())
+    Races(learn, seconds=60).train(64, 1e-3, 100)
+    assert np.allclose(seen[:6], np.array([.2,.4,.6,.8,1,1])*1e-3)
+    assert np.allclose(seen[4:81], 1e-3) and np.allclose(seen[-2:], [1e-4,5e-5])
+
+def test_diverging_and_broken_losses(tmp_path):
+    "Racers that diverge end early; where all do, the error says so and the learner is as it was"
+    learn = make_learner(tmp_path, opt_func=SGD)
+    races = Races(learn, seconds=60)
+    racer = races.train(64, 1e6, 100)
+    assert racer.lost and len(racer.losses) < 50
+    learn.loss_func = lambda p,y: CrossEntropyLossFlat()(p, y)*math.nan
+    before = state_of(learn)
+    with pytest.raises(ValueError, match='no learning rate got through'): learn.lr_race(seconds=5, show_plot=False)
+    with pytest.raises(ValueError, match='no learning rate got through the race'): learn.bs_find(seconds=5, show_plot=False)
+    assert same(before['weights'], state_of(learn)['weights'])
+
+def test_interrupt_keeps_what_was_raced(tmp_path):
+    learn = make_learner(tmp_path)
+    class Interrupt(Callback):
+        run_mock,n = True,0
+        def after_batch(self):
+            Interrupt.n += 1
+            if Interrupt.n==100: raise KeyboardInterrupt
+    learn.add_cb(Interrupt())
+    before = state_of(learn)
+    with pytest.raises(KeyboardInterrupt): learn.lr_race(show_plot=False, seconds=20)
+    assert same(before, state_of(learn)) and len(learn.recorder.lr_race_stats) >= 2
+
+@pytest.mark.parametrize('phase', ['find','fit','time_to_race','find_bs'])
+def test_interrupted_recipe(tmp_path, monkeypatch, phase):
+    "In every part of it: what was measured is kept, the learner is as before, and no size is said to have won that hasn't"
+    learn,old = make_learner(tmp_path),getattr(Races, phase)
+    def interrupted(self, *args, **kwargs):
+        if phase=='fit' and not self.race.lr: return old(self, *args, **kwargs) # not before the measurement
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Races, phase, interrupted)
+    before = state_of(learn)
+    with pytest.raises(KeyboardInterrupt): learn.bs_find(show_plot=False, seconds=20)
+    assert same(before, state_of(learn)) and len(learn.recorder.bs_profile_stats)
+    assert bool(learn.recorder.race.rows)==(phase!='find')
+    if phase in ('time_to_race','find_bs'): assert len(learn.recorder.noise_scale) and len(learn.recorder.bs_table())
+    if phase!='find_bs': assert learn.recorder.race.predicted is None
+
+def test_progress_bar(tmp_path):
+    "With fastai's own bar on the learner"
+    learn = make_learner(tmp_path)
+    learn.add_cb(ProgressCallback())
+    assert learn.lr_race(seconds=5, show_plot=False).lr > 0 and learn._grab_cbs(ProgressCallback)
+    assert learn.bs_find(seconds=10, show_plot=False).lr > 0
+
+def test_out_of_memory(tmp_path):
+    "At the own batch size there is an error that says what to do"
+    class Full(Callback):
+        def before_batch(self):
+            if len(self.yb[0]) >= 64: raise RuntimeError('CUDA out of memory')
+    learn = make_learner(tmp_path, cbs=Full())
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r'(?s)a batch of 64 does not fit .* `learn.lr_race\(bs=...\)`'):
+        learn.lr_race(seconds=5, show_plot=False)
+    assert learn.lr_race(bs=32, seconds=5, show_plot=False).lr > 0
+
+def test_time_limit(tmp_path):
+    "A slow training gets fewer and shorter racers"
+    class Slow(Callback):
+        run_mock = True
+        def before_batch(self): time.sleep(.01)
+    learn = make_learner(tmp_path, cbs=Slow())
+    start = time.perf_counter()
+    learn.lr_race(seconds=4, show_plot=False)
+    assert time.perf_counter()-start < 12 # other tests run beside it
+    assert learn.recorder.lr_race_stats.n_steps.max() < 88
+    with pytest.raises(ValueError, match='the time was over'): learn.lr_race(seconds=.01, show_plot=False)
+
+@pytest.mark.parametrize('seconds', [0, -1, math.inf, math.nan, '9', None, True])
+def test_refuses_seconds(tmp_path, seconds):
+    learn = make_learner(tmp_path)
+    for f in (learn.lr_race, learn.bs_find):
+        with pytest.raises(ValueError, match='seconds must be a positive, finite number'): f(seconds=seconds, show_plot=False)
+
+def test_says_where_it_is_not_sure(tmp_path):
+    "A model that can't learn: all rates do as well"
+    learn = plain_learner(loss=lambda p,y: CrossEntropyLossFlat()(p*0, y))
+    learn.lr_race(seconds=5, show_plot=False)
+    said = learn.recorder.lr_race_summary()
+    assert 'nothing worse was found' in said or 'the time was over' in said
+    with pytest.raises(ValueError, match='nothing was raced yet'): make_learner(tmp_path).recorder.lr_race_summary()
+
+# --- the recipe
+
+@pytest.fixture(scope='module')
+def recipe():
+    learn = make_learner()
+    return learn,state_of_before(learn),learn.bs_find(epochs=5, seconds=30, show_plot=False)
+
+def state_of_before(learn): return state_of(learn)
+
+def test_recipe_answers(recipe):
+    learn,before,sugg = recipe
+    rec = learn.recorder
+    assert sugg._fields==('fastest','critical','lr','epochs') and raced(rec)
+    assert sugg.fastest in rec.profile.fitting() and sugg.lr==pytest.approx(lr_at(rec, sugg.fastest))
+    assert same(before, state_of(learn))
+    assert rec.race.predicted is None or (sugg.fastest,sugg.lr)==(rec.race.bs,rec.race.lr) # where other tests took the time
+    table = rec.bs_table()
+    assert table.lr[sugg.fastest]==sugg.lr and table.epochs[64]==5 and table.epochs[sugg.fastest]==sugg.epochs
+    assert table.epochs.is_monotonic_increasing and 'fastest' in table.suggested[sugg.fastest]
+    assert sugg.fastest==64 or f'5 epochs at 64 are {sugg.epochs} at {sugg.fastest}, in ' in rec.bs_find_summary()
+    assert rec.search.at_rest > 0 and rec.settled().name==rec.bs_find_stats.index[-1]
+
+def test_recipe_pictures(recipe):
+    learn,_,sugg = recipe
+    fig = learn.recorder.plot_lr_race(return_fig=True)
+    left,right = fig.axes
+    n = max(learn.recorder.race.rungs)
+    bs = learn.recorder.race.bs
+    assert len(left.lines)==(learn.recorder.lr_race_stats.query('bs==@bs and n_steps==@n')).shape[0]
+    assert right.lines[-1].get_xdata()[0]==pytest.approx(learn.recorder.race.lr)
+
+def test_pickles_without_the_race(recipe):
+    rec = recipe[0].recorder
+    assert not hasattr(pickle.loads(pickle.dumps(rec)), 'race')
+
+def test_a_later_search_forgets_the_race():
+    learn = make_learner()
+    learn.bs_find(seconds=10, show_plot=False)
+    assert raced(learn.recorder)
+    sugg = learn.bs_find(1e-3, num_it=40, show_plot=False)
+    assert not raced(learn.recorder) and sugg.lr==pytest.approx(lr_at(learn.recorder, sugg.fastest))
+    assert lr_at(learn.recorder, 64)==pytest.approx(1e-3)
+
+def test_lr_is_for_the_first_where_nobody_asks_for_the_fastest():
+    learn = make_learner()
+    sugg = learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=(BSSuggestion.Efficient,BSSuggestion.Critical))
+    bs = sugg.efficient or sugg.critical or 64
+    assert sugg._fields==('efficient','critical','lr') and sugg.lr==pytest.approx(lr_at(learn.recorder, bs))
+    assert learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None) is None
+
+def test_loaders_that_keep_their_size():
+    "Batches that are ready-made: rates race, sizes can't"
+    xs,ys = (torch.stack(o) for o in zip(*[(x,y) for x,y in digits()[:960]]))
+    batches = [(xs[i:i+32], ys[i:i+32]) for i in range(0, 960, 32)]
+    dl = DataLoader(batches, bs=None, shuffle=True)
+    learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(64,10)), CrossEntropyLossFlat(), cbs=[])
+    with learn.no_bar(), pytest.warns(UserWarning, match='no batch size could be timed'):
+        sugg = learn.bs_find(seconds=10, show_plot=False)
+    assert sugg.fastest is None and sugg.lr > 1e-3
+
+def test_losses_that_are_sums():
+    "A batch twice as large has a loss twice as large, and isn't behind for that"
+    learn = plain_learner(loss=CrossEntropyLossFlat(reduction='sum'), opt_func=SGD)
+    sugg = learn.bs_find(seconds=15, show_plot=False)
+    assert sugg.fastest >= 32 and sugg.lr > 0
+
+def test_epochs_are_checked():
+    learn = make_learner()
+    for o in (0, -1, 'five', True):
+        with pytest.raises(ValueError, match='epochs must be a positive number'): learn.bs_find(epochs=o)
+
+def test_given_rate_races_nothing(tmp_path):
+    learn = make_learner(tmp_path)
+    sugg = learn.bs_find(1e-3, num_it=40, epochs=3, show_plot=False)
+    assert not len(learn.recorder.lr_race_stats) and sugg.epochs==epochs_at(learn.recorder, sugg.fastest)
+
+def test_a_search_keeps_to_its_seconds(tmp_path):
+    "Without `num_it`, an epoch that is long is not gone through to its end"
+    class Slow(Callback):
+        run_mock = True
+        def before_batch(self): time.sleep(.02)
+    learn = make_learner(tmp_path, bs=4, cbs=Slow())
+    learn.bs_find(1e-3, seconds=2, show_plot=False, suggest_funcs=None)
+    assert 10 <= learn.recorder.search.n_iter[-1] < 200 < len(learn.dls.train)
