@@ -437,7 +437,7 @@ def _warn_of_result(rec, finder):
     elif math.isinf(row.upper) and not finder.broke: warn(
         f"The noise scale may be far off: {search.summary()}. {more}", stacklevel=3)
     grown = finder.loss_facts.growth()
-    if grown and not finder.broke: warn(grown, stacklevel=3)
+    if grown and not finder.broke and search.at_rest is None: warn(grown, stacklevel=3)
     if not finder.as_asked() and search.at_rest is not None: warn(
         f"A callback changed the learning rate while the weights were to stay where they are: used were {finder.lrs[0]:.2g} to "
         f"{finder.lrs[1]:.2g}, so the noise scale belongs to a later moment", stacklevel=3)

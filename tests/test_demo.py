@@ -18,7 +18,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_digits(tmp_path):
     "The command prints the batch size and a table, and saves the picture where it says"
-    command = [sys.executable, '-m', 'fastai_bs_finder.demo', '--seconds', '20']
+    command = [sys.executable, '-m', 'fastai_bs_finder.demo', '--seconds', '6']
     res = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     bs = int(re.search(r'Batch size: +(\d+)', res.stdout)[1])
@@ -34,7 +34,7 @@ def test_digits(tmp_path):
 def test_own_table(tmp_path, run, header):
     "A CSV with and without a header line"
     load_breast_cancer(as_frame=True).frame.to_csv(tmp_path/'cancer.csv', index=False, header=header)
-    code,out,err = run('--data', 'cancer.csv', '--target', 'target' if header else '30', '--out', 'own.png', '--seconds', 15)
+    code,out,err = run('--data', 'cancer.csv', '--target', 'target' if header else '30', '--out', 'own.png', '--seconds', 6)
     assert code==0, err
     assert 'Batch size:' in out and (tmp_path/'own.png').exists()
 
@@ -121,11 +121,11 @@ def test_strange_but_possible(tmp_path, run, name, values):
     np.savez(tmp_path/'images.npz', x_train=values*x+dots, y_train=np.arange(200)%2)
     pd.DataFrame(dict(a=rng.random(200), b=values*rng.random(200))).to_csv(tmp_path/'table.csv', index=False)
     data = ['images.npz'] if name=='images' else ['table.csv','--target','b']
-    code,out,err = run('--seconds', 10, '--data', *data)
+    code,out,err = run('--seconds', 4, '--data', *data)
     assert 'Traceback' not in err and ('Found:' in out or len(err.strip().splitlines())==1 or code==2), (out,err)
 
 def start(tmp_path, *args, **kwargs):
-    command = [sys.executable, '-u', '-m', 'fastai_bs_finder.demo', '--seconds', '20', *args]
+    command = [sys.executable, '-u', '-m', 'fastai_bs_finder.demo', '--seconds', '6', *args]
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 def test_closed_output(tmp_path):

@@ -139,7 +139,7 @@ def test_groups_keep_their_ratio(tmp_path):
     learn.lr_race(seconds=3, show_plot=False)
     assert len(seen) > 100 and all(torch.equal(o, learn.model[0].weight) for o in seen)
     learn = make_learner(tmp_path, splitter=split, lr=slice(1e-5,1e-3))
-    lr = learn.bs_find(seconds=10, show_plot=False).lr
+    lr = learn.bs_find(seconds=6, show_plot=False).lr
     assert math.isclose(lr.stop, 100*lr.start)
 
 def test_accumulated_gradients(tmp_path):
@@ -189,7 +189,7 @@ def test_interrupt_keeps_what_was_raced(tmp_path):
             if Interrupt.n==100: raise KeyboardInterrupt
     learn.add_cb(Interrupt())
     before = state_of(learn)
-    with pytest.raises(KeyboardInterrupt): learn.lr_race(show_plot=False, seconds=20)
+    with pytest.raises(KeyboardInterrupt): learn.lr_race(show_plot=False, seconds=8)
     assert same(before, state_of(learn)) and len(learn.recorder.lr_race_stats) >= 2
 
 @pytest.mark.parametrize('phase', ['find','fit','time_to_race','find_bs'])
@@ -201,7 +201,7 @@ def test_interrupted_recipe(tmp_path, monkeypatch, phase):
         raise KeyboardInterrupt
     monkeypatch.setattr(Races, phase, interrupted)
     before = state_of(learn)
-    with pytest.raises(KeyboardInterrupt): learn.bs_find(show_plot=False, seconds=20)
+    with pytest.raises(KeyboardInterrupt): learn.bs_find(show_plot=False, seconds=8)
     assert same(before, state_of(learn)) and len(learn.recorder.bs_profile_stats)
     assert bool(learn.recorder.race.rows)==(phase!='find')
     if phase in ('time_to_race','find_bs'): assert len(learn.recorder.noise_scale) and len(learn.recorder.bs_table())
@@ -212,7 +212,7 @@ def test_progress_bar(tmp_path):
     learn = make_learner(tmp_path)
     learn.add_cb(ProgressCallback())
     assert learn.lr_race(seconds=5, show_plot=False).lr > 0 and learn._grab_cbs(ProgressCallback)
-    assert learn.bs_find(seconds=10, show_plot=False).lr > 0
+    assert learn.bs_find(seconds=6, show_plot=False).lr > 0
 
 def test_out_of_memory(tmp_path):
     "At the own batch size there is an error that says what to do"
@@ -255,7 +255,7 @@ def test_says_where_it_is_not_sure(tmp_path):
 @pytest.fixture(scope='module')
 def recipe():
     learn = make_learner()
-    return learn,state_of_before(learn),learn.bs_find(epochs=5, seconds=30, show_plot=False)
+    return learn,state_of_before(learn),learn.bs_find(epochs=5, seconds=12, show_plot=False)
 
 def state_of_before(learn): return state_of(learn)
 
@@ -287,7 +287,7 @@ def test_pickles_without_the_race(recipe):
 
 def test_a_later_search_forgets_the_race():
     learn = make_learner()
-    learn.bs_find(seconds=10, show_plot=False)
+    learn.bs_find(seconds=6, show_plot=False)
     assert raced(learn.recorder)
     sugg = learn.bs_find(1e-3, num_it=40, show_plot=False)
     assert not raced(learn.recorder) and sugg.lr==pytest.approx(lr_at(learn.recorder, sugg.fastest))
@@ -307,13 +307,13 @@ def test_loaders_that_keep_their_size():
     dl = DataLoader(batches, bs=None, shuffle=True)
     learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Flatten(), nn.Linear(64,10)), CrossEntropyLossFlat(), cbs=[])
     with learn.no_bar(), pytest.warns(UserWarning, match='no batch size could be timed'):
-        sugg = learn.bs_find(seconds=10, show_plot=False)
+        sugg = learn.bs_find(seconds=6, show_plot=False)
     assert sugg.fastest is None and sugg.lr > 1e-3
 
 def test_losses_that_are_sums():
     "A batch twice as large has a loss twice as large, and isn't behind for that"
     learn = plain_learner(loss=CrossEntropyLossFlat(reduction='sum'), opt_func=SGD)
-    sugg = learn.bs_find(seconds=15, show_plot=False)
+    sugg = learn.bs_find(seconds=8, show_plot=False)
     assert sugg.fastest >= 32 and sugg.lr > 0
 
 def test_epochs_are_checked():
