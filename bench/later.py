@@ -5,7 +5,7 @@ is continued to the steps of the real training, of as many epochs as the task's 
 measured likewise. A column has what `bs_find` would say, the noise scale after 60 steps.
 
 What is measured is kept in `results/later.csv`; remove it to measure again."""
-from tasks import *
+from proof import *
 from fastai.callback.schedule import combined_cos
 from fastai_bs_finder.finder import BSFinder, EndSearch
 from fastai_bs_finder.lr import Races
@@ -36,8 +36,7 @@ def after(learn, n, lr):
         return at_rest(learn)
 
 def measure(task, data, seed):
-    set_seed(seed)
-    learn = learner(task, data, 64).remove_cb(ProgressCallback)
+    learn = new_learner(task, data, seed)
     lr = learn.lr_race(seconds=20, show_plot=False).lr
     n = tasks[task].epochs*len(learn.dls.train)
     (short,*_),(longer,*_),(end,lower,upper) = (after(learn, o, lr) for o in (50,100,n))
@@ -46,19 +45,12 @@ def measure(task, data, seed):
         races.fit(64, lr, 60)
         found = at_rest(learn)[0]
     law = longer*(longer/short)**math.log2(n/100)
-    return dict(task=task, seed=seed, lr=lr, steps=n, ns_50=short, ns_100=longer, predicted=law, bs_find=found, at_the_end=end,
+    return dict(seed=seed, lr=lr, steps=n, ns_50=short, ns_100=longer, predicted=law, bs_find=found, at_the_end=end,
                 lower=lower, upper=upper)
 
 def main():
     args = parser(__doc__, data=True, seeds=2).parse_args()
-    path = RESULTS/'later.csv'
-    df = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=['task','seed'])
-    for task in tasks:
-        for seed in range(args.seeds):
-            if ((df.task==task) & (df.seed==seed)).any(): continue
-            df = pd.concat([df, pd.DataFrame([measure(task, args.data, seed)])], ignore_index=True)
-            df.to_csv(path, index=False, float_format='%.6g')
-    df = pd.read_csv(path)
+    df = pd.concat([kept('later', o, args.seeds, partial(measure, o, args.data)) for o in tasks])
     df['predicted/end'],df['bs_find/end'] = df.predicted/df.at_the_end,df.bs_find/df.at_the_end
     table(df.to_dict('records'))
     off = {k: float(np.exp(np.log(df[k].replace(math.inf, np.nan)).abs().median())) for k in ('predicted/end','bs_find/end')}

@@ -1,6 +1,6 @@
 """Does the answer depend on how the machine feels? `bs_find()` on tasks of the proof (`tasks.py`), alone on the machine and beside
 busy processes that keep every core occupied: what it says, and how long it takes."""
-from tasks import *
+from proof import *
 from multiprocessing import Event, Process
 from fastai_bs_finder.finder import *
 
@@ -9,8 +9,7 @@ def spin(done):
 
 def ask(task, data, n_busy):
     "What `bs_find` says beside `n_busy` busy processes"
-    set_seed(0)
-    learn,done = learner(task, data, 64).remove_cb(ProgressCallback),Event()
+    learn,done = new_learner(task, data, 0),Event()
     busy = [Process(target=spin, args=(done,), daemon=True) for _ in range(n_busy)]
     for o in busy: o.start()
     try:

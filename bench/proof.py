@@ -10,12 +10,13 @@ loss at their end. `--only courses` makes only these.
 The speed: seconds of a step, measured apart, in half a second of training and six steps at least, in five rounds in each of
 which all batch sizes have their turn. The time to the target is steps times that, and that of a course likewise.
 
-The recipe: `bs_find()` on three learners with batches of 64 and other weights. Then the task is trained as they say, to the target and in a course; and with batches of 64 and the `valley` of `lr_find`, as people do without a recipe.
+The recipe: `bs_find()` on three learners with batches of 64 and other weights. Then the task is trained as they say, to the
+target and in a course; and with batches of 64 and the `valley` of `lr_find`, as people do without a recipe.
 
 All is kept in `results/proof/`, a study in each folder, `results/proof_valley.csv` and `results/proof_recipe.csv`, and is not
 repeated: remove a folder to repeat it. The sweep of a task takes under an hour, the rest a few minutes; let nothing else run
 beside that. Many runs of the first four tasks were made by an older program and converted: of them only steps are known, and
-`steps_to_target` is the middle of the two looks between which it lies. The picture is `nbs/images/proof.png`."""
+`steps_to_target` is the middle of the two looks between which it lies."""
 from tasks import *
 from fastai_bs_finder.recorder import log2_axis
 from fastai_bs_finder.stats import even_rounds
@@ -223,6 +224,5 @@ def main():
         table([o[k] for o in res.values()])
     print("## Peak or constant\n")
     table([row for o in res.values() for row in o['peaks']])
-    if args.task is None: picture(res).savefig(Path(__file__).parents[1]/'nbs'/'images'/'proof.png', dpi=80)
 
 if __name__=='__main__': main()

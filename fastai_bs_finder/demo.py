@@ -6,7 +6,7 @@
 __all__ = ['read_images', 'read_table', 'table_learner', 'get_learner', 'main']
 
 # %% ../nbs/12_demo.ipynb #7e4897bb
-import argparse, os, sys, tempfile, warnings
+import argparse, os, sys, warnings
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -194,10 +194,9 @@ def _report(learn, data, out, sugg):
 # %% ../nbs/12_demo.ipynb #72ce0b1c
 def _run(args):
     set_seed(42)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as tmp:
+    with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module=r'(torch|fastai|pandas)\.') # theirs, not ours
         learn = get_learner(args.data, args.target)
-        learn.path = Path(tmp) # nothing is written there, but callbacks may
         sugg = _search(learn, args.seconds)
     if sugg is not None: learn.recorder.plot_lr_race(return_fig=True).savefig(args.out)
     _report(learn, args.data, args.out, sugg)

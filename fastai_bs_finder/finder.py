@@ -27,9 +27,9 @@ from .gradients import Estimator, PairSums, check_counts, check_method, get_esti
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
-from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items
+from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items, whole_batches
 from .profile import Profile, out_of_memory, profile_key
-from .lr import Race, Races, as_lr, check_seconds, is_adaptive, lr_factor, n_groups, times_lr, top_lr
+from .lr import Races, as_lr, check_seconds, is_adaptive, lr_factor, n_groups, times_lr, top_lr
 from .suggest import (
     BSSuggestion, default_funcs, epochs_at, fastest, in_epochs, lr_at, needs_profile, raced, suggestion_name)
 
@@ -390,9 +390,7 @@ def _mock_training(learn, end, lr, bs, wd, rehearsal=None):
     now = batch_size(dl)
     finder.known = dict(train_bs=now and min(now, n_items(dl) or now), lr=lr, **_accumulation(learn, now))
     with preserve(learn):
-        if bs is not None:
-            learn.dls.train = dl.with_bs(bs)
-            learn.dls.train.drop_last = True # a short last batch is not what was asked for
+        if bs is not None: learn.dls.train = whole_batches(dl, bs)
         n_epoch,n_batch = len(learn.dls.train),finder.n_batch
         end.num_it = (end.num_it or max(n_epoch, 200, 10*n_batch))//n_batch*n_batch # whole measurements
         learn.model.zero_grad(set_to_none=True) # what was left over would be added to the first window's gradients

@@ -27,7 +27,7 @@ from fastprogress.fastprogress import progress_bar
 from .stats import is_number
 from .callbacks import accumulates
 from .state import check_learner, check_loss, check_target, preserve, saved_random_state
-from .loaders import batch_size, check_loader
+from .loaders import batch_size, check_loader, whole_batches
 from .recorder import BSRecorder, Search, legend_above
 from .profile import device_of, give_back, out_of_memory
 
@@ -283,13 +283,27 @@ class Race:
         cols = ['bs','n_steps','lr','loss','lost']
         return pd.DataFrame(self.rows, columns=cols).sort_values(cols[:3], ignore_index=True)
 
+    def racers(self,
+        bs:int, # Batch size
+        n_steps:int, # Steps of a racer
+        by:str='lr' # What they are sorted by
+    )->list: # Of rows; by `loss`, only of those that have not diverged
+        "The racers of a rung"
+        rows = [o for o in self.rows if (o['bs'],o['n_steps'])==(bs,n_steps) and not (by=='loss' and o['lost'])]
+        return sorted(rows, key=itemgetter(by))
+
+    def of_kind(self,
+        rate:float # Of the last group of parameters
+    )->float|slice|list:
+        "A rate as the learner takes it"
+        return times_lr(self.shape, rate/top_lr(self.shape))
+
     def scores(self,
         bs:int, # Batch size
         n_steps:int # Steps of a racer
     )->dict: # By rate, rising; `inf`: diverged
         "The loss that each rate ended with"
-        rows = [o for o in self.rows if (o['bs'],o['n_steps'])==(bs,n_steps)]
-        return {o['lr']: o['loss'] for o in sorted(rows, key=itemgetter('lr'))}
+        return {o['lr']: o['loss'] for o in self.racers(bs, n_steps)}
 
 # %% ../nbs/09_lr.ipynb #d52c1006
 @patch
@@ -332,8 +346,7 @@ def tolerance(self:Race,
     n_steps:int # Steps of a racer
 )->float: # As an excess
     "How much worse is as good: 3%, or what chance does to the difference of two racers; no more than half of what was learned"
-    rows = [o for o in self.rows if (o['bs'],o['n_steps'])==(bs,n_steps) and not o['lost']]
-    rows = sorted(rows, key=itemgetter('loss'))[:3]
+    rows = self.racers(bs, n_steps, 'loss')[:3]
     tails = [np.array(o['losses'][-n_tail(len(o['losses'])):]) for o in rows]
     pairs = [o-tails[0][:len(o)] for o in tails[1:] if len(o)==len(tails[0]) > 1]
     errors = [o.std(ddof=1)/len(o)**.5/self._unit(rows[0]['loss']) for o in pairs]
@@ -396,8 +409,8 @@ class Races:
         learn.model.zero_grad(set_to_none=True)
         cbs = [racer] + ([self.acc] if self.acc and bs==self.own_bs else [])
         batches = n_steps*(self.own_bs/self.loader_bs if len(cbs) > 1 and self.loader_bs else 1)
-        lr = times_lr(self.lr, rate/top_lr(self.lr))
-        with learn.no_logging(): learn.fit(math.ceil(batches/len(learn.dls.train))+1, lr, wd=self.wd, cbs=cbs)
+        n_epoch = math.ceil(batches/len(learn.dls.train))+1
+        with learn.no_logging(): learn.fit(n_epoch, self.race.of_kind(rate), wd=self.wd, cbs=cbs)
         return racer
 
 # %% ../nbs/09_lr.ipynb #d52c1012
@@ -406,9 +419,7 @@ def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
     "Run one racer"
     try:
         with preserve(self.learn):
-            if bs!=self.own_bs:
-                self.learn.dls.train = self.learn.dls.train.with_bs(bs)
-                self.learn.dls.train.drop_last = True # a short last batch is not what was asked for
+            if bs!=self.own_bs: self.learn.dls.train = whole_batches(self.learn.dls.train, bs)
             return self.fit(bs, rate, n_steps, self.until)
     except Exception as e:
         if not out_of_memory(e): raise
@@ -508,14 +519,12 @@ def most_steps(self:Races,
 def steps_for(self:Races,
     bs:int, # Batch size
     seconds:float, # That there are
-    most:int=_most_steps, # Steps however much time there is
-    units:float=_units # Racers of full length that it is to be enough for
+    most:int=_most_steps # Steps however much time there is
 )->int: # Steps of a racer
     "How many steps can racers have?"
-    if bs not in self.took:
-        self._time(bs, self.train(bs, top_lr(self.lr), _trial))
+    if bs not in self.took: self._time(bs, self.train(bs, top_lr(self.lr), _trial))
     startup,step = self.took[bs]
-    return int(max(_least_steps, min(most, self.most_steps(bs), (seconds/units-startup)/max(step, 1e-9))))
+    return int(max(_least_steps, min(most, self.most_steps(bs), (seconds/_units-startup)/max(step, 1e-9))))
 
 @patch
 def find(self:Races,
@@ -529,8 +538,8 @@ def find(self:Races,
     still = self.train(bs, 0., short)
     if not still.late and still.losses: self.race.at_rest[bs,short] = still.score()
     if self.rung(bs, short, [start/4,start,4*start], 4.):
-        e = self.race.excess(bs, [short])
-        best = min(e, key=e.get)
+        scores = self.race.scores(bs, short)
+        best = min(scores, key=scores.get)
         self.rung(bs, short, [best/2,best,2*best])
         for n,longer in zip(rungs, rungs[1:]):
             if not self.race.range_of(bs, [n]) or not self.rung(bs, longer, self.going_on(bs, n)): break
@@ -549,13 +558,13 @@ def settle(self:Race,
     if ends is None: return False
     self.bs,self.rungs,(self.low,self.high) = bs,rungs,ends
     self.low = min(self.low, self.rate)
-    self.lr = times_lr(self.shape, self.rate/top_lr(self.shape))
+    self.lr = self.of_kind(self.rate)
     return True
 
 @patch(as_prop=True)
 def rate(self:Race):
     "The answer, of the last group: the middle, or less where that is close below a rate that learned next to nothing"
-    mid,rows = (self.low*self.high)**.5,[o for o in self.rows if (o['bs'],o['n_steps'])==(self.bs,self.rungs[-1])]
+    mid,rows = (self.low*self.high)**.5,self.racers(self.bs, self.rungs[-1])
     e = self._excess(self.scores(self.bs, self.rungs[-1]))
     def failed(o): return o['lost'] or (e[o['lr']] >= _much_worse and o['loss'] > .5*o['losses'][0] > 0)
     return min([mid, *(o['lr']/_room for o in rows if o['lr'] > mid and failed(o))])
@@ -570,9 +579,9 @@ def flat_after(self:Race,
     n_steps:int # Steps of a racer
 )->float: # As a part of its steps, 0 to 1
     "When had the best racer's loss come down to near where it ended? 1 also where it has not come down at all"
-    rows = [o for o in self.rows if (o['bs'],o['n_steps'])==(bs,n_steps) and not o['lost']]
+    rows = self.racers(bs, n_steps, 'loss')
     if not rows: return 1.
-    o = min(rows, key=itemgetter('loss'))
+    o = rows[0]
     behind = (smooth(o['losses'])-o['loss'])/self._unit(o['loss'])
     return int(np.argmax(behind <= _near))/len(behind) if behind[0] > 2*_near else 1.
 
@@ -605,9 +614,9 @@ def behind(self:Race,
     per_item:bool=False # Is the loss the sum over a batch? Then it is divided by the batch size
 )->float: # As an excess; negative: `bs` is ahead
     "How far a batch size is behind another that had the same time: at the end, and on the way there, which both count half"
-    rows = [[o for o in self.rows if (o['bs'],o['n_steps'])==(b,steps(b)) and not o['lost']] for b in (bs,other)]
+    rows = [self.racers(b, steps(b), 'loss') for b in (bs,other)]
     if not rows[0]: return math.inf
-    best = [min(o, key=itemgetter('loss')) for o in rows]
+    best = [o[0] for o in rows]
     unit = [b if per_item else 1 for b in (bs,other)]
     ends,ways = ([f(o)/u for o,u in zip(best, unit)] for f in (itemgetter('loss'), lambda o: np.array(o['losses'])))
     if min(map(np.min, (*ends,*ways))) > 0: ends,ways = np.log(ends),[np.log(o) for o in ways]
@@ -692,8 +701,7 @@ def plot_lr_race(self:Recorder,
     race = race_of(self)
     race.summary() # which says so if there was none
     fig,(left,right) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
-    n = max(race.rungs)
-    rows = sorted((o for o in race.rows if (o['bs'],o['n_steps'])==(race.bs,n)), key=itemgetter('lr'))
+    rows = race.racers(race.bs, max(race.rungs))
     for i,o in enumerate(rows):
         color = plt.cm.viridis(i/max(1, len(rows)-1))
         seconds = np.linspace(0, o['seconds'], len(o['losses']))
@@ -746,4 +754,4 @@ def lr_race(self:Learner,
         f"no learning rate got through: {race.ended or 'all of them diverged'}. "
         "Try fewer items in a batch, more `seconds`, or look at the loss with `learn.fit`")
     if show_plot: rec.plot_lr_race()
-    return RacedLR(race.lr, *(times_lr(race.shape, o/top_lr(race.shape)) for o in (race.low,race.high)))
+    return RacedLR(race.lr, *map(race.of_kind, (race.low,race.high)))

@@ -23,7 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from .stats import even_rounds, fit_step_time, is_number, is_whole
 from .callbacks import takes_part
 from .state import check_learner, check_loss, check_target, preserve
-from .loaders import EndlessBatches, check_loader, n_items
+from .loaders import EndlessBatches, check_loader, n_items, whole_batches
 from .recorder import BSRecorder, log2_axis
 
 # %% ../nbs/08_profile.ipynb #14a0747c
@@ -287,8 +287,7 @@ class _Profiler:
 
     def take(self, bs, memory=None):
         "Train for a few steps with whole batches of `bs`, and return the stopwatch"
-        self.learn.dls.train = self.train.with_bs(bs)
-        self.learn.dls.train.drop_last = True
+        self.learn.dls.train = whole_batches(self.train, bs)
         watch = _Stopwatch(self.device, self.until, memory, self.workers)
         if memory: memory.start()
         try: self.learn.fit(1, 0., cbs=[watch,_OneEpoch()]) # at a learning rate of 0 the weights stay where they are
