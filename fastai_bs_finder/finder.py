@@ -325,9 +325,8 @@ class EndSearch(Callback):
 
     def sure(self)->bool:
         "Is the interval of the last measurement narrow enough?"
-        search,ns = self.finder.search,self.finder.search.noise_scale[-1]
-        if self.tol is None or len(search.noise) < _least: return False
-        return bool((1-self.tol)*ns <= search.lower[-1] and search.upper[-1] <= (1+self.tol)*ns)
+        search = self.finder.search
+        return self.tol is not None and len(search.noise) >= _least and search.within(self.tol)
 
     def after_batch(self):
         finder,n = self.finder,len(self.finder.search.noise)
@@ -465,11 +464,12 @@ def _renew_profile(learn, rec, wanted, seconds):
         f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=3)
 
 # %% ../nbs/11_finder.ipynb #b27c19c2
-_sure_enough = .2 # `tol` of a search within the recipe
-_shares = dict(profile=1/6, race=1/3, search=1/6) # of the time
+_sure_enough,_least_points = .2,4 # `tol` of a search within the recipe, and trainings before that may end it
+_points,_windows = 8,5 # trainings that lead to where is measured, and measurements after each of them, at the most
+_shares = dict(profile=1/8, race=1/3, search=1/4) # of the time
 _rehearsed = 60 # steps at the most, of the longest racers of the first race, and of the training before the measurement
 _least_steps = 8 # of a racer: a size that makes fewer in the time of the others can't be compared with them
-_steps,_racers = 300,12 # of the last race: steps that the learner's own size would make, and racers that there is to be time for
+_steps,_racers = 400,12 # of the last race: steps that the learner's own size would make, and racers that there is to be time for
 
 def _race_rate(learn, rec, bs, wd, seconds):
     "Race learning rates at the batch size of the search; the steps that the longest racer made"
@@ -491,12 +491,37 @@ def _race_sizes(rec, races, is_sum):
     bs = fastest(rec)
     sizes = [int(o) for o in rec.profile.fitting()]
     seconds = min(min(_steps, races.most_steps(race.bs))*time_of(race.bs), races.left()/_racers)
-    n = max(_least_steps, round(seconds/time_of(bs)))
-    short = races.time_to_race(bs, race.rate*factor(race.bs, bs), n)
-    if short is None: return
-    race.predicted = bs
-    def steps(b): return round(short*time_of(bs)/time_of(b))
-    races.find_bs(bs, [o for o in sizes if steps(o) >= _least_steps or o==bs], steps, factor, is_sum)
+    def steps(b): return max(2*_least_steps, round(seconds/time_of(b)))
+    sizes = [o for o in sizes if o==bs or seconds >= 2*_least_steps*time_of(o)]
+    races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, is_sum)
+
+# %% ../nbs/11_finder.ipynb #b27c19c9
+def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
+    "The noise scale after short trainings on batches in other orders: a row for each, from all of them so far"
+    finder,asked,tol,racers,points,res = end.finder,end.num_it,end.tol,[],RunningNoiseScale(1.),None
+    start,n,n_batch = time.perf_counter(),0,end.finder.n_batch
+    def over():
+        k,spent = len(racers),time.perf_counter()-start
+        if asked: return asked-n < n_batch
+        sure = k >= _least_points and res.within(tol or _sure_enough)
+        return sure or spent*(k+1)/k > seconds or (tol is None and k >= _points)
+    def rehearsal():
+        racers.append(races.fit(races.race.bs, races.race.rate, n_steps, order=len(racers)))
+        return racers[-1]
+    try:
+        while not racers or not over():
+            end.num_it,end.tol,end.seconds = min(_windows*n_batch, asked-n if asked else math.inf),None,None if asked else seconds
+            _search(learn, end, races.race.lr, bs, wd, rehearsal)
+            races.progress()
+            found,n = finder.search,n+finder.n_seen
+            if not found.noise: break
+            if racers[-1].lost and res: continue
+            points.add(n, found.noise[-1], found.scale[-1], len(found.noise))
+            if res is None: res = found.last() # of one training alone the interval is that at its weights
+            else: res.add(n, *points.means(), *points.interval())
+            if finder.broke: break
+    finally:
+        if res: finder.search = res
 
 # %% ../nbs/11_finder.ipynb #b27c19c3
 def _recipe(learn, rec, end, bs, wd, seconds, wanted):
@@ -509,9 +534,7 @@ def _recipe(learn, rec, end, bs, wd, seconds, wanted):
         if race.lr is None: raise ValueError(
             f"no learning rate got through the race: {race.ended or 'all of them diverged'}. Give one, as `learn.bs_find(lr)`, "
             "or more `seconds`")
-        end.tol,end.seconds = end.tol or _sure_enough,None if end.num_it else _shares['search']*seconds
-        end.num_it = end.num_it or 1000
-        _search(learn, end, race.lr, bs, wd, partial(races.fit, race.bs, race.rate, n))
+        _at_rest(learn, end, races, n, _shares['search']*seconds, bs, wd)
         if not finder.search.noise: return
         race.search = finder.search
         rec.keep(search=race.search, race=race)

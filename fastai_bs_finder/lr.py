@@ -209,7 +209,7 @@ def scale_lr(
 # %% ../nbs/09_lr.ipynb #d52c1002
 _warm,_cool,_tail = .05,.2,.15 # parts of a racer's steps: the rate rises, it falls, the losses count
 _often = 10 # batches between looks at the losses, for which the device has to be waited for
-_apart = 3 # times the least of the first losses, if that is positive: a racer whose loss has grown to more has diverged
+_apart = 3 # times the largest of the first losses, if that is positive: a racer whose loss has grown to more has diverged
 
 def smooth(
     losses:list # Of a racer
@@ -258,7 +258,7 @@ class Racer(Callback):
 
     def _look(self):
         "Has it diverged?"
-        first,last = torch.stack(self.losses[:_often]).min().item(),torch.stack(self.losses[-_often:]).mean().item()
+        first,last = torch.stack(self.losses[:_often]).max().item(),torch.stack(self.losses[-_often:]).mean().item()
         self.lost = not math.isfinite(last) or 0 < _apart*first < last
 
 # %% ../nbs/09_lr.ipynb #d52c1004
@@ -341,16 +341,24 @@ _as_good = .03 # least excess of a rate that does as well as the best
 _next_to_lost = .25 # doublings
 
 @patch
+def chance(self:Race,
+    bs:int, # Batch size
+    n_steps:int # Steps of a racer
+)->float: # As an excess
+    "The standard error of the difference between the ends of the best racers"
+    rows = self.racers(bs, n_steps, 'loss')[:3]
+    tails = [np.array(o['losses'][-n_tail(len(o['losses'])):]) for o in rows]
+    pairs = [o-tails[0][:len(o)] for o in tails[1:] if len(o)==len(tails[0]) > 1]
+    errors = [o.std(ddof=1)/len(o)**.5/self._unit(rows[0]['loss']) for o in pairs]
+    return float(np.mean(errors)) if errors else 0.
+
+@patch
 def tolerance(self:Race,
     bs:int, # Batch size
     n_steps:int # Steps of a racer
 )->float: # As an excess
     "How much worse is as good: 3%, or what chance does to the difference of two racers; no more than half of what was learned"
-    rows = self.racers(bs, n_steps, 'loss')[:3]
-    tails = [np.array(o['losses'][-n_tail(len(o['losses'])):]) for o in rows]
-    pairs = [o-tails[0][:len(o)] for o in tails[1:] if len(o)==len(tails[0]) > 1]
-    errors = [o.std(ddof=1)/len(o)**.5/self._unit(rows[0]['loss']) for o in pairs]
-    res = max(_as_good, float(np.mean(errors)) if errors else 0.)
+    rows,res = self.racers(bs, n_steps, 'loss'),max(_as_good, self.chance(bs, n_steps))
     rest = self.at_rest.get((bs,n_steps))
     return res if rest is None or not rows else min(res, max(0., self._excess({0: rest, 1: rows[0]['loss']})[0]/2))
 
@@ -401,11 +409,11 @@ class Races:
         self.bar.update(100 if done else min(99, int(100*(1-max(0, self.left())/self.seconds))))
         if done: self.bar.on_iter_end()
 
-    def fit(self, bs, rate, n_steps, until=math.inf)->Racer:
-        "Train a racer; the learner isn't put back"
+    def fit(self, bs, rate, n_steps, until=math.inf, order=0)->Racer:
+        "Train a racer, on the batches of this `order`; the learner isn't put back"
         learn,racer = self.learn,Racer(n_steps, until)
-        set_seed(0)
-        if hasattr(learn.dls.train, 'rng'): learn.dls.train.rng = random.Random(0)
+        set_seed(order)
+        if hasattr(learn.dls.train, 'rng'): learn.dls.train.rng = random.Random(order)
         learn.model.zero_grad(set_to_none=True)
         cbs = [racer] + ([self.acc] if self.acc and bs==self.own_bs else [])
         batches = n_steps*(self.own_bs/self.loader_bs if len(cbs) > 1 and self.loader_bs else 1)
@@ -569,55 +577,21 @@ def rate(self:Race):
     def failed(o): return o['lost'] or (e[o['lr']] >= _much_worse and o['loss'] > .5*o['losses'][0] > 0)
     return min([mid, *(o['lr']/_room for o in rows if o['lr'] > mid and failed(o))])
 
-# %% ../nbs/09_lr.ipynb #d52c1030
-_shortest = 20 # steps of a racer of the size that was predicted
-_near = .1 # how far above its end a loss is when it has nearly come down
-
-@patch
-def flat_after(self:Race,
-    bs:int, # Batch size
-    n_steps:int # Steps of a racer
-)->float: # As a part of its steps, 0 to 1
-    "When had the best racer's loss come down to near where it ended? 1 also where it has not come down at all"
-    rows = self.racers(bs, n_steps, 'loss')
-    if not rows: return 1.
-    o = rows[0]
-    behind = (smooth(o['losses'])-o['loss'])/self._unit(o['loss'])
-    return int(np.argmax(behind <= _near))/len(behind) if behind[0] > 2*_near else 1.
-
-@patch
-def time_to_race(self:Races,
-    bs:int, # Batch size that is predicted to be the fastest
-    rate:float, # A rate that is about right for it
-    n_steps:int # That it makes at the most
-)->int: # Steps that it makes in the time of a race; None: there was no time for it
-    "Race `bs` alone, to see how long its loss falls"
-    self.race.ended = self.race.ended or f"the time of {self.seconds:.0f} s was too short to race batch sizes"
-    if not self.run(bs, rate, n_steps): return
-    n = max(min(_shortest, n_steps), math.ceil(self.race.flat_after(bs, n_steps)*n_steps/(1-_cool)))
-    if n > .7*n_steps: n = n_steps
-    self.rung(bs, n, [rate/2,rate,2*rate])
-    if len(self.race.scores(bs, n)) < 3 or not self.race.settle(bs, [n]): return
-    self.race.ended = ''
-    return n
-
 # %% ../nbs/09_lr.ipynb #d52c1033
 _next = 1.4 # times a batch size: the next one that is worth a race
-_smaller = .1 # by how much a smaller size has to be ahead
+_ahead = 1/8 # doublings of time by which another size has to be ahead
 _hopeless = .2 # how far behind with its first two rates a batch size is not raced further
 
 @patch
 def behind(self:Race,
-    bs:int, # Batch size
-    other:int, # Another one
-    steps:callable, # Of a batch size: the steps of its racers
+    one:tuple, # Batch size and steps of a racer; of several, it is the best
+    other:tuple, # Likewise
     per_item:bool=False # Is the loss the sum over a batch? Then it is divided by the batch size
-)->float: # As an excess; negative: `bs` is ahead
-    "How far a batch size is behind another that had the same time: at the end, and on the way there, which both count half"
-    rows = [self.racers(b, steps(b), 'loss') for b in (bs,other)]
-    if not rows[0]: return math.inf
-    best = [o[0] for o in rows]
-    unit = [b if per_item else 1 for b in (bs,other)]
+)->float: # As an excess; negative: `one` is ahead
+    "How far the best racer of one kind is behind that of another: at the end, and on the way there, which both count half"
+    rows = [self.racers(*o, 'loss') for o in (one,other)]
+    if not all(rows): return math.inf
+    best,unit = [o[0] for o in rows],[o[0] if per_item else 1 for o in (one,other)]
     ends,ways = ([f(o)/u for o,u in zip(best, unit)] for f in (itemgetter('loss'), lambda o: np.array(o['losses'])))
     if min(map(np.min, (*ends,*ways))) > 0: ends,ways = np.log(ends),[np.log(o) for o in ways]
     else:
@@ -625,31 +599,64 @@ def behind(self:Race,
         ends,ways = ([o/gained for o in v] for v in (ends,ways))
     return float(ends[0]-ends[1]+ways[0].mean()-ways[1].mean())/2
 
+# %% ../nbs/09_lr.ipynb #d52c1034
+@patch
+def race_alone(self:Races,
+    bs:int, # Batch size
+    n_steps:int, # Of its longest racers
+    rates:list # To begin with
+)->bool: # Was there time for it, and did a rate get through?
+    "Race rates of a batch size, many for half of the time and the best and its neighbours for all of it, and settle on one"
+    half = n_steps//2
+    self.rung(bs, half, rates)
+    if not self.race.range_of(bs, [half]): return False
+    longest = [self.run(bs, o, n_steps) for o in self.going_on(bs, half)]
+    return any(longest) and self.race.settle(bs, [half,n_steps])
+
+@patch
+def least_lead(self:Race,
+    bs:int, # Batch size that has raced alone
+    n_steps:int # Of its longest racers
+)->float: # As an excess
+    "By how much another size has to be ahead: what `bs` gains in the last eighth of a doubling of its time, or what chance does"
+    return max(_ahead*self.behind((bs,n_steps//2), (bs,n_steps)), self.chance(bs, n_steps)/2)
+
+# %% ../nbs/09_lr.ipynb #d52c1038
+@patch
+def beside(self:Races, bs, sizes, steps, factor, behind):
+    "The neighbours of a batch size, after each has raced with the rate that follows from the best so far, and others beside it"
+    mid = self.race.rate
+    res = [o for o in sizes if o >= _next*bs][:1] + [o for o in sizes if o <= bs/_next][-1:]
+    for b in res:
+        if self.race.scores(b, steps(b)): continue
+        r = 2**round(math.log2(factor(bs, b)))*mid
+        towards = r/2 if b > bs else 2*r # where the rule goes too far
+        for o in (r,towards,r*r/towards):
+            if (behind(b, bs) <= _hopeless or o!=r*r/towards) and not self.run(b, o, steps(b)):
+                self.race.ended = f"after {self.seconds:.0f} s the time was over"
+    return res
+
 @patch
 def find_bs(self:Races,
-    bs:int, # Batch size to begin with, which has raced
+    bs:int, # Batch size to begin with, as predicted
+    rate:float, # A rate that is about right for it
     sizes:list, # All that may race, rising
     steps:callable, # Of a batch size: how many steps it makes in the time of a race
     factor:callable, # Of two batch sizes: by how much the rate changes from the first to the second
     per_item:bool=False # Is the loss the sum over a batch? Then it is divided by the batch size
-)->int: # The best
+)->int: # The best; None: there was no time for a race
     "Race batch sizes in equal time, and record the best one and its rate as the answer"
-    def behind(b, other): return self.race.behind(b, other, steps, per_item)
+    if not self.race_alone(bs, steps(bs), [rate/2,rate,2*rate]):
+        self.race.ended = self.race.ended or f"no learning rate got through with batches of {bs:,}, so batch sizes have not raced"
+        return
+    self.race.predicted,self.race.ended = bs,''
+    def behind(b, other): return self.race.behind((b,steps(b)), (other,steps(other)), per_item)
     while True:
-        most,mid = self.race.tolerance(bs, steps(bs)),self.race.rate
-        beside = [o for o in sizes if o >= _next*bs][:1] + [o for o in sizes if o <= bs/_next][-1:]
-        for b in beside:
-            if self.race.scores(b, steps(b)): continue
-            r = 2**round(math.log2(factor(bs, b)))*mid
-            towards = r/2 if b > bs else 2*r # where the rule goes too far
-            for o in (r,towards,r*r/towards):
-                if (behind(b, bs) <= _hopeless or o!=r*r/towards) and not self.run(b, o, steps(b)):
-                    self.race.ended = f"after {self.seconds:.0f} s the time was over"
-        winner = min((bs,*beside), key=lambda b: behind(b, bs))
-        if behind(winner, bs) >= -(most if winner >= bs else max(most, _smaller)): return bs
+        least = self.race.least_lead(bs, steps(bs))
+        winner = min((bs,*self.beside(bs, sizes, steps, factor, behind)), key=lambda b: behind(b, bs))
+        if winner==bs or behind(winner, bs) > -least: return bs
         bs = winner
-        self.rung(bs, steps(bs), list(self.race.scores(bs, steps(bs))))
-        self.race.settle(bs, [steps(bs)])
+        self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs))))
 
 # %% ../nbs/09_lr.ipynb #d52c1018
 @patch(as_prop=True)
@@ -706,8 +713,9 @@ def plot_lr_race(self:Recorder,
         color = plt.cm.viridis(i/max(1, len(rows)-1))
         seconds = np.linspace(0, o['seconds'], len(o['losses']))
         left.plot(seconds, smooth(o['losses']), color=color, label=f"{o['lr']:.2g}" + ' (diverged)'*o['lost'])
-    ends = [v for o in rows if not o['lost'] for v in smooth(o['losses'])]
-    if ends: left.set_ylim(min(ends)-.05*np.ptp(ends), max(ends)+.05*np.ptp(ends)) # those that diverged leave the picture
+    shown = [o['losses'] for o in rows if o['losses'] and o['loss'] <= o['losses'][0]] # others leave the picture
+    ends = [v for o in shown for v in smooth(o)]
+    if ends: left.set_ylim(min(ends)-.05*np.ptp(ends), max(ends)+.05*np.ptp(ends))
     left.set(xlabel='Seconds', ylabel='Loss, smoothed')
     legend_above(left)
     for bs,m in sorted({(o['bs'],o['n_steps']) for o in race.rows if o['bs']==race.bs or o['n_steps'] in race.rungs}):

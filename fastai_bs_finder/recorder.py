@@ -7,7 +7,7 @@ __all__ = ['Search', 'short_number', 'BSRecorder', 'search_of', 'log2_axis', 'wh
 
 # %% ../nbs/07_recorder.ipynb #f483e6cf
 import copyreg, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.ticker import LogLocator
@@ -57,6 +57,20 @@ class Search:
         series = {k: getattr(self, k) for k in ('noise','scale','noise_scale','lower','upper')}
         df = pd.DataFrame(series, index=pd.Index(self.n_iter, name='n_iter'), dtype=float)
         return df if self.n_tokens is None else df.assign(tokens=df.noise_scale*self.n_tokens)
+
+# %% ../nbs/07_recorder.ipynb #05ff8fc7
+@patch
+def within(self:Search,
+    tol:float # 0.25: within 25% of the noise scale
+)->bool:
+    "Does the interval of the last measurement lie within a factor of 1±tol?"
+    ns = self.noise_scale[-1]
+    return bool((1-tol)*ns <= self.lower[-1] and self.upper[-1] <= (1+tol)*ns)
+
+@patch
+def last(self:Search)->Search:
+    "A record that begins with the last measurement"
+    return replace(self, **{k: getattr(self, k)[-1:] for k in ('noise','scale','noise_scale','lower','upper','n_iter')})
 
 # %% ../nbs/07_recorder.ipynb #05ff8fc5
 _nothing = "nothing was measured yet: call `learn.bs_find()` first"

@@ -15,7 +15,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastcore.foundation import L
 from fastai_bs_finder.all import *
-from fastai_bs_finder.lr import Race, Races, n_groups, top_lr
+from fastai_bs_finder.lr import Race, Racer, Races, n_groups, top_lr
+from fastai_bs_finder.stats import ratio_interval
 from fastai_bs_finder.suggest import epochs_at, lr_at, raced
 from helpers import digits, make_learner, plain_learner
 
@@ -74,11 +75,21 @@ def test_negative_losses():
     assert shifted[0]/low==pytest.approx(1, abs=.15) and shifted[1]/high==pytest.approx(1, abs=.15)
 
 def test_sizes_are_compared_by_end_and_way():
-    def steps(b): return 100
     race = Race(1e-3, rows({.01: 1.}, bs=64) + rows({.01: 1., .02: 1.5}, bs=128, first=4.) + rows({.01: .5}, bs=256))
-    assert 0 < race.behind(128, 64, steps) < .01 and race.behind(256, 64, steps) < -.3
-    assert race.behind(256, 64, steps, per_item=True) < race.behind(256, 64, steps)-1 # sums over a batch
-    assert math.isinf(race.behind(32, 64, steps))
+    assert 0 < race.behind((128,100), (64,100)) < .01 and race.behind((256,100), (64,100)) < -.3
+    assert race.behind((256,100), (64,100), per_item=True) < race.behind((256,100), (64,100))-1 # sums over a batch
+    assert math.isinf(race.behind((32,100), (64,100)))
+
+def test_a_lead_is_counted_in_time():
+    "A size has to be ahead by what an eighth of a doubling of time is worth, and by more than chance"
+    def race(half, most, chance=0.):
+        noise = chance*np.random.default_rng(0).standard_normal((2,100))
+        res = rows({.01: half}, n_steps=50) + rows({.01: most, .02: most}, n_steps=100)
+        for o,e in zip(res[1:], noise): o['losses'] = list(np.array(o['losses'])+e)
+        return Race(1e-3, res)
+    assert race(2., 1.).least_lead(64, 100)==pytest.approx(math.log(2)/8, rel=.05)
+    assert race(1.02, 1.).least_lead(64, 100)==pytest.approx(math.log(1.02)/8, rel=.1)
+    assert race(1.02, 1., chance=.2).least_lead(64, 100) > 5*math.log(1.02)/8
 
 # --- lr_race
 
@@ -169,16 +180,31 @@ def test_schedule_of_a_racer(tmp_path):
     assert np.allclose(seen[4:81], 1e-3) and np.allclose(seen[-2:], [1e-4,5e-5])
 
 def test_diverging_and_broken_losses(tmp_path):
-    "Racers that diverge end early; where all do, the error says so and the learner is as it was"
+    "Rates that are far too large are no answer; where all diverge, the error says so and the learner is as it was"
     learn = make_learner(tmp_path, opt_func=SGD)
-    races = Races(learn, seconds=60)
-    racer = races.train(64, 1e6, 100)
-    assert racer.lost and len(racer.losses) < 50
+    assert learn.lr_race(lr=1e5, seconds=20, show_plot=False).lr < 10
     learn.loss_func = lambda p,y: CrossEntropyLossFlat()(p, y)*math.nan
     before = state_of(learn)
     with pytest.raises(ValueError, match='no learning rate got through'): learn.lr_race(seconds=5, show_plot=False)
     with pytest.raises(ValueError, match='no learning rate got through the race'): learn.bs_find(seconds=5, show_plot=False)
     assert same(before['weights'], state_of(learn)['weights'])
+
+def test_fast_learners_have_not_diverged():
+    "A loss that falls to a tenth in its first steps has a mean of three times its least; one that grows has diverged"
+    def lost(losses):
+        racer = Racer(len(losses))
+        racer.losses = list(map(torch.tensor, losses))
+        racer._look()
+        return racer.lost
+    falling = [2.3,2.3,2.,1.5,1.1,.9,.6,.4,.3,.2]
+    assert not lost(falling) and not lost(falling+[2.]*10)
+    assert lost(falling+[9.]*10) and lost(falling+[math.nan])
+    assert not lost([-1.]*10+[5.]*10) # no share of a negative loss means anything
+
+def test_fast_learners_of_the_digits(tmp_path):
+    "The best rate for large batches is not below that for small ones"
+    rates = {bs: make_learner(tmp_path).lr_race(bs, show_plot=False).lr for bs in (64,256)}
+    assert rates[256] > rates[64]/1.5
 
 def test_interrupt_keeps_what_was_raced(tmp_path):
     learn = make_learner(tmp_path)
@@ -192,7 +218,7 @@ def test_interrupt_keeps_what_was_raced(tmp_path):
     with pytest.raises(KeyboardInterrupt): learn.lr_race(show_plot=False, seconds=8)
     assert same(before, state_of(learn)) and len(learn.recorder.lr_race_stats) >= 2
 
-@pytest.mark.parametrize('phase', ['find','fit','time_to_race','find_bs'])
+@pytest.mark.parametrize('phase', ['find','fit','find_bs','beside'])
 def test_interrupted_recipe(tmp_path, monkeypatch, phase):
     "In every part of it: what was measured is kept, the learner is as before, and no size is said to have won that hasn't"
     learn,old = make_learner(tmp_path),getattr(Races, phase)
@@ -204,8 +230,8 @@ def test_interrupted_recipe(tmp_path, monkeypatch, phase):
     with pytest.raises(KeyboardInterrupt): learn.bs_find(show_plot=False, seconds=8)
     assert same(before, state_of(learn)) and len(learn.recorder.bs_profile_stats)
     assert bool(learn.recorder.race.rows)==(phase!='find')
-    if phase in ('time_to_race','find_bs'): assert len(learn.recorder.noise_scale) and len(learn.recorder.bs_table())
-    if phase!='find_bs': assert learn.recorder.race.predicted is None
+    if phase in ('find_bs','beside'): assert len(learn.recorder.noise_scale) and len(learn.recorder.bs_table())
+    assert (learn.recorder.race.predicted is None)==(phase!='beside')
 
 def test_progress_bar(tmp_path):
     "With fastai's own bar on the learner"
@@ -271,6 +297,24 @@ def test_recipe_answers(recipe):
     assert table.epochs.is_monotonic_increasing and 'fastest' in table.suggested[sugg.fastest]
     assert sugg.fastest==64 or f'5 epochs at 64 are {sugg.epochs} at {sugg.fastest}, in ' in rec.bs_find_summary()
     assert rec.search.at_rest > 0 and rec.settled().name==rec.bs_find_stats.index[-1]
+
+def test_a_row_for_each_training(recipe):
+    "The noise scale is averaged over short trainings, and the interval knows how far these lie apart"
+    search = recipe[0].recorder.search
+    noise,scale = (np.array(o)*np.arange(1, len(o)+1) for o in (search.noise,search.scale))
+    singles = np.diff(noise, prepend=0)/np.diff(scale, prepend=0)
+    assert 2 <= len(singles) <= 8 and len(set(singles.round(3)))==len(singles)
+    assert search.noise_scale[-1]==pytest.approx(search.noise[-1]/search.scale[-1])
+    assert (search.lower[-1],search.upper[-1])==pytest.approx(ratio_interval(
+        np.diff(noise, prepend=0), np.diff(scale, prepend=0)), rel=1e-6)
+
+def test_batches_of_a_recipe_can_be_counted():
+    "As many as asked for in all trainings together, in whole measurements"
+    learn = make_learner()
+    learn.bs_find(num_it=63, seconds=8, show_plot=False)
+    assert learn.recorder.n_iter==[25,50,60]
+    learn.bs_find(tol=.9, seconds=8, show_plot=False)
+    assert len(learn.recorder.n_iter) >= 4 and learn.recorder.search.within(.9)
 
 def test_recipe_pictures(recipe):
     learn,_,sugg = recipe
