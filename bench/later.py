@@ -10,7 +10,7 @@ from proof import *
 from fastai.callback.schedule import combined_cos
 from fastai_bs_finder.finder import BSFinder, EndSearch
 from fastai_bs_finder.lr import Races
-from fastai_bs_finder.stats import RunningNoiseScale
+from fastai_bs_finder.stats import RunningNoiseScale, noise_scale
 
 class OneCycle(Callback):
     "The schedule of `fit_one_cycle` over `n` steps, however many epochs they take"
@@ -34,7 +34,7 @@ def at_rest(learn):
 def cycle(learn, n, lr): learn.fit(math.ceil(n/len(learn.dls.train))+1, lr, cbs=OneCycle(n, lr))
 
 def after(learn, train, n_seeds):
-    "Train and measure, with batches in several orders; the noise scale, its interval, and that of each"
+    "Train and measure, with batches in several orders: the noise scale, its interval, the largest of all over the smallest"
     points,singles = RunningNoiseScale(1.),[]
     for seed in range(n_seeds):
         with preserve(learn), learn.no_logging():
@@ -43,9 +43,8 @@ def after(learn, train, n_seeds):
             train(seed)
             noise,scale = at_rest(learn)
         points.add(seed, noise, scale)
-        singles.append(noise/scale if scale > 0 else math.inf)
-    noise,scale = points.means()
-    return noise/scale if scale > 0 else math.inf,*points.interval(),singles
+        singles.append(noise_scale(noise, scale))
+    return noise_scale(*points.means()),*points.interval(),max(singles)/max(min(singles), 1e-9)
 
 def measure(task, data, n_seeds, _):
     learn = new_learner(task, data, 0)
@@ -54,12 +53,11 @@ def measure(task, data, n_seeds, _):
     short,longer,end = (after(learn, lambda _: cycle(learn, o, lr), n_seeds) for o in (50,100,n))
     now = after(learn, lambda seed: races.fit(64, lr, 60, order=seed), n_seeds)
     law = longer[0]*(longer[0]/short[0])**math.log2(n/100)
-    return dict(lr=lr, steps=n, ns_50=short[0], ns_100=longer[0], law=law, bs_find=now[0], scatter=max(now[-1])/min(now[-1]),
-                end=end[0], lower=end[1], upper=end[2], scatter_end=max(end[-1])/min(end[-1]))
+    return dict(lr=lr, steps=n, ns_50=short[0], ns_100=longer[0], law=law, bs_find=now[0], scatter=now[-1],
+                end=end[0], lower=end[1], upper=end[2], scatter_end=end[-1])
 
 def main():
-    p = parser(__doc__, data=True, seeds=4)
-    args = p.parse_args()
+    args = parser(__doc__, data=True, seeds=4).parse_args()
     df = pd.concat([kept('later', o, 1, partial(measure, o, args.data, args.seeds)) for o in tasks])
     df['law/end'],df['bs_find/end'] = df.law/df.end,df.bs_find/df.end
     table(df.to_dict('records'))

@@ -10,8 +10,8 @@ loss at their end. `--only courses` makes only these.
 The speed: seconds of a step, measured apart, in half a second of training and six steps at least, in five rounds in each of
 which all batch sizes have their turn. The time to the target is steps times that, and that of a course likewise.
 
-The recipe: `bs_find()` on three learners with batches of 64 and other weights. Then the task is trained as they say, to the
-target and in a course; and with batches of 64 and the `valley` of `lr_find`, as people do without a recipe.
+The recipe: `bs_find()` on five learners with batches of 64 and other weights. Then the task is trained as three of them say, to
+the target and in a course; and with batches of 64 and the `valley` of `lr_find`, as people do without a recipe.
 
 All is kept in `results/proof/`, a study in each folder, `results/proof_valley.csv` and `results/proof_recipe.csv`, and is not
 repeated: remove a folder to repeat it. The sweep of a task takes under an hour, the rest a few minutes; let nothing else run
@@ -22,7 +22,7 @@ from fastai_bs_finder.recorder import log2_axis
 from fastai_bs_finder.stats import even_rounds
 import matplotlib.pyplot as plt
 
-n_recipes,n_trained,constant = 3,3,.7 # a constant rate is so many times the peak that a recipe gives
+n_recipes,n_trained,constant = 5,3,.7 # a constant rate is so many times the peak that a recipe gives
 
 def folder(task, what): return RESULTS/'proof'/task.lower().replace(', ', '_')/what
 

@@ -188,7 +188,7 @@ def _report(learn, data, out, sugg):
     print(f"Learning rate:  {sugg.lr:.2g}, with that batch size")
     print(f"\nOn the way to the same loss, as a multiple of what batches of {bs} cost:\n")
     print(rec.bs_table().drop(columns=['efficiency','memory','fits','how'], errors='ignore'))
-    print(f"\nThe noise scale is that after {rec.search.at_rest} steps of training; later it is usually larger.\n")
+    print(f"\nThe noise scale is that after trainings of {rec.search.at_rest} steps; later it is usually larger.\n")
     print(f"Picture:        {out}")
 
 # %% ../nbs/12_demo.ipynb #72ce0b1c

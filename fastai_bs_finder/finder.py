@@ -8,7 +8,6 @@ __all__ = ['BSFinder', 'EndSearch']
 # %% ../nbs/11_finder.ipynb #4b12c25a
 import math, time
 from collections import namedtuple
-from functools import partial
 from warnings import warn
 import torch
 from torch import nn
@@ -393,12 +392,10 @@ def _mock_training(learn, end, lr, bs, wd, rehearsal=None):
         n_epoch,n_batch = len(learn.dls.train),finder.n_batch
         end.num_it = (end.num_it or max(n_epoch, 200, 10*n_batch))//n_batch*n_batch # whole measurements
         learn.model.zero_grad(set_to_none=True) # what was left over would be added to the first window's gradients
-        cbs = [finder, end] + ([_SearchProgress(finder, end.num_it)] if bar else [])
+        cbs = [finder, end] + ([_SearchProgress(finder, end.num_it)] if bar and not rehearsal else [])
         if rehearsal:
             racer = rehearsal()
             finder.known['at_rest'],lr = racer.k,times_lr(lr, 0.)
-            if racer.lost: warn("The training before the measurement diverged, so the noise scale is not that of a training that "
-                                "works: give a learning rate, as `learn.bs_find(lr)`")
         with learn.no_logging(): learn.fit(math.ceil(end.num_it/n_epoch), lr, wd=wd, cbs=cbs)
 
 # %% ../nbs/11_finder.ipynb #4bd8ee6f
@@ -423,7 +420,8 @@ def _search(learn, end, *args):
 # %% ../nbs/11_finder.ipynb #b14f3046
 def _warn_of_result(rec, finder):
     "Say so where the windows were too large for the data, no signal was left, or the training diverged"
-    search,more = rec.search,"Raise num_it, n_batch or bs"
+    search = rec.search
+    more = "Raise num_it, n_batch or bs" if search.at_rest is None else "Raise num_it, or seconds if they were too few"
     if search.window > search.n_items: warn(
         f"A window of {search.window:,} examples is more than the {search.n_items:,} of the training set, so its batches share "
         "examples and the noise scale comes out too low. Lower n_batch or bs", stacklevel=3)
@@ -468,7 +466,7 @@ _sure_enough,_least_points = .2,4 # `tol` of a search within the recipe, and tra
 _points,_windows = 8,5 # trainings that lead to where is measured, and measurements after each of them, at the most
 _shares = dict(profile=1/8, race=1/3, search=1/4) # of the time
 _rehearsed = 60 # steps at the most, of the longest racers of the first race, and of the training before the measurement
-_least_steps = 8 # of a racer: a size that makes fewer in the time of the others can't be compared with them
+_least_steps = 8 # of a racer in half of the time: a size that makes fewer can't be compared with others
 _steps,_racers = 400,12 # of the last race: steps that the learner's own size would make, and racers that there is to be time for
 
 def _race_rate(learn, rec, bs, wd, seconds):
@@ -491,37 +489,43 @@ def _race_sizes(rec, races, is_sum):
     bs = fastest(rec)
     sizes = [int(o) for o in rec.profile.fitting()]
     seconds = min(min(_steps, races.most_steps(race.bs))*time_of(race.bs), races.left()/_racers)
-    def steps(b): return max(2*_least_steps, round(seconds/time_of(b)))
-    sizes = [o for o in sizes if o==bs or seconds >= 2*_least_steps*time_of(o)]
+    seconds = max(seconds, 2*_least_steps*time_of(bs))
+    def steps(b): return round(seconds/time_of(b))
+    sizes = [o for o in sizes if steps(o) >= 2*_least_steps]
     races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, is_sum)
 
 # %% ../nbs/11_finder.ipynb #b27c19c9
 def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
     "The noise scale after short trainings on batches in other orders: a row for each, from all of them so far"
-    finder,asked,tol,racers,points,res = end.finder,end.num_it,end.tol,[],RunningNoiseScale(1.),None
-    start,n,n_batch = time.perf_counter(),0,end.finder.n_batch
+    finder,asked,tol,n_batch,start = end.finder,end.num_it,end.tol,end.finder.n_batch,time.perf_counter()
+    racers,points,res,n,facts = [],RunningNoiseScale(1.),None,0,None
+    windows = max(1, math.ceil(asked//n_batch/_points)) if asked else _windows
+    def left(): return math.inf if asked else seconds-(time.perf_counter()-start)
+    def sure(): return len(points.rows) >= _least_points and res.within(tol or _sure_enough)
     def over():
-        k,spent = len(racers),time.perf_counter()-start
-        if asked: return asked-n < n_batch
-        sure = k >= _least_points and res.within(tol or _sure_enough)
-        return sure or spent*(k+1)/k > seconds or (tol is None and k >= _points)
+        if asked: return asked-n < n_batch or (tol is not None and sure())
+        return sure() or left() < (seconds-left())/len(racers) or (tol is None and len(racers) >= _points)
     def rehearsal():
-        racers.append(races.fit(races.race.bs, races.race.rate, n_steps, order=len(racers)))
+        until = time.perf_counter()+max(0., left())
+        racers.append(races.fit(races.race.bs, races.race.rate, n_steps, until, order=len(racers)))
         return racers[-1]
     try:
         while not racers or not over():
-            end.num_it,end.tol,end.seconds = min(_windows*n_batch, asked-n if asked else math.inf),None,None if asked else seconds
+            end.num_it,end.tol,end.seconds = min(windows*n_batch, asked-n if asked else math.inf),None,None if asked else left()
             _search(learn, end, races.race.lr, bs, wd, rehearsal)
             races.progress()
             found,n = finder.search,n+finder.n_seen
+            if racers[-1].lost: continue
             if not found.noise: break
-            if racers[-1].lost and res: continue
+            facts = facts or finder.loss_facts
             points.add(n, found.noise[-1], found.scale[-1], len(found.noise))
             if res is None: res = found.last() # of one training alone the interval is that at its weights
             else: res.add(n, *points.means(), *points.interval())
-            if finder.broke: break
+        if res: res.ended_by_tol = sure()
+        elif racers[-1].lost: warn("The trainings before the measurements diverged, so the noise scale is not that of a training "
+                                   "that works: give a learning rate, as `learn.bs_find(lr)`")
     finally:
-        if res: finder.search = res
+        if res: finder.search,finder.loss_facts,finder.broke = res,facts,False
 
 # %% ../nbs/11_finder.ipynb #b27c19c3
 def _recipe(learn, rec, end, bs, wd, seconds, wanted):
@@ -534,7 +538,7 @@ def _recipe(learn, rec, end, bs, wd, seconds, wanted):
         if race.lr is None: raise ValueError(
             f"no learning rate got through the race: {race.ended or 'all of them diverged'}. Give one, as `learn.bs_find(lr)`, "
             "or more `seconds`")
-        _at_rest(learn, end, races, n, _shares['search']*seconds, bs, wd)
+        _at_rest(learn, end, races, n, min(_shares['search']*seconds, races.left()), bs, wd)
         if not finder.search.noise: return
         race.search = finder.search
         rec.keep(search=race.search, race=race)
@@ -569,7 +573,7 @@ def _check_epochs(epochs):
 def bs_find(self:Learner,
     lr:float|slice=None, # Learning rate of the mock training, as from `lr_find`; None: the best is raced for
     bs:int=None, # Batch size to measure with; None: that of `learn.dls`
-    num_it:int=None, # Batches to process; None: one epoch, or 200 batches or ten measurements if that is more, within `seconds`
+    num_it:int=None, # Batches to measure; None: one epoch, or 200 batches or ten measurements if that is more, within `seconds`
     tol:float=None, # Stop as soon as the 95% interval lies within a factor of 1±tol, at the latest after `num_it`; None: don't
     wd:float=None, # Weight decay; None: `learn.wd`
     seconds:float=60., # That all of it may take; `num_it` batches are processed however long they take

@@ -266,7 +266,7 @@ class Racer(Callback):
 class Race:
     "What a race has shown: a row for each racer"
     shape:float|slice|list = None # A learning rate of the kind that the learner takes, whose groups keep their ratio
-    rows:list = field(default_factory=list) # Dictionaries of `bs`, `n_steps`, `lr`, `loss`, `lost`, all `losses` and `seconds`
+    rows:list = field(default_factory=list) # `bs`, `n_steps`, `lr`, `loss`, `lost`, all `losses`, items of each (`n`), `seconds`
     bs:int = None # The batch size of the answer; None: there is none yet
     rungs:list = field(default_factory=list) # Numbers of steps of the races that count for it
     lr:float|slice|list = None # The answer, of the kind of `shape`
@@ -348,7 +348,7 @@ def chance(self:Race,
     "The standard error of the difference between the ends of the best racers"
     rows = self.racers(bs, n_steps, 'loss')[:3]
     tails = [np.array(o['losses'][-n_tail(len(o['losses'])):]) for o in rows]
-    pairs = [o-tails[0][:len(o)] for o in tails[1:] if len(o)==len(tails[0]) > 1]
+    pairs = [o-tails[0] for o in tails[1:] if len(o)==len(tails[0]) > 1]
     errors = [o.std(ddof=1)/len(o)**.5/self._unit(rows[0]['loss']) for o in pairs]
     return float(np.mean(errors)) if errors else 0.
 
@@ -456,16 +456,21 @@ def run(self:Races,
 )->bool: # Has it run, now or before? There may be no time
     "Run a racer, and record it"
     if rate in self.race.scores(bs, n_steps): return True
-    if bs in self.took and self.expected(bs, n_steps) > self.left(): return False
+    racer = None
+    def over():
+        self.race.ended = f"after {self.seconds:.0f} s the time was over"
+        return False
+    if bs in self.took and self.expected(bs, n_steps) > self.left(): return over()
     racer = self.train(bs, rate, n_steps)
     self.progress()
-    row = dict(bs=bs, n_steps=n_steps, lr=rate, loss=math.inf, lost=True, losses=[], seconds=0.) # if memory was used up
+    n = self.loader_bs if self.acc and bs==self.own_bs else bs
+    row = dict(bs=bs, n_steps=n_steps, lr=rate, loss=math.inf, lost=True, losses=[], n=n, seconds=0.) # if memory was used up
     if racer is not None:
         if not (racer.k or racer.late or racer.lost): raise ValueError(
             "the optimizer has made no step in a race: callbacks cancelled all batches, or the learner's own training loop "
             "doesn't call fastai's events")
         if not racer.lost: self._time(bs, racer)
-        if racer.late: return False
+        if racer.late: return over()
         row |= dict(loss=racer.score(), lost=racer.lost, losses=torch.stack(racer.losses).tolist())
         row['seconds'] = racer.times[-1]-racer.times[1] # from the first batch on
     self.race.rows.append(row)
@@ -486,9 +491,7 @@ def rung(self:Races,
     todo,start = sorted(rates),rates[len(rates)//2]
     while todo:
         for o in todo:
-            if not self.run(bs, o, n_steps):
-                self.race.ended = f"after {self.seconds:.0f} s the time was over"
-                return False
+            if not self.run(bs, o, n_steps): return False
         e = self.race.excess(bs, [n_steps])
         low,high,most = min(e),max(e),self.race.tolerance(bs, n_steps)
         if high >= _widest*low and max(e.values()) <= most: return False
@@ -501,7 +504,7 @@ def rung(self:Races,
 def going_on(self:Races,
     bs:int, # Batch size
     n_steps:int # Of the rung that is over
-)->list: # Three rates at least, rising
+)->list: # Three rates, rising; two at an end
     "The rates for a longer race: the one nearest to the middle of the best, and its neighbours"
     low,high = self.race.range_of(bs, [n_steps])
     rates = list(self.race.scores(bs, n_steps))
@@ -579,7 +582,7 @@ def rate(self:Race):
 
 # %% ../nbs/09_lr.ipynb #d52c1033
 _next = 1.4 # times a batch size: the next one that is worth a race
-_ahead = 1/8 # doublings of time by which another size has to be ahead
+_ahead,_smaller = 1/8,2 # doublings of time by which another size has to be ahead, and times as many if it is smaller
 _hopeless = .2 # how far behind with its first two rates a batch size is not raced further
 
 @patch
@@ -591,11 +594,12 @@ def behind(self:Race,
     "How far the best racer of one kind is behind that of another: at the end, and on the way there, which both count half"
     rows = [self.racers(*o, 'loss') for o in (one,other)]
     if not all(rows): return math.inf
-    best,unit = [o[0] for o in rows],[o[0] if per_item else 1 for o in (one,other)]
+    best = [o[0] for o in rows]
+    unit = [o['n'] if per_item else 1 for o in best]
     ends,ways = ([f(o)/u for o,u in zip(best, unit)] for f in (itemgetter('loss'), lambda o: np.array(o['losses'])))
     if min(map(np.min, (*ends,*ways))) > 0: ends,ways = np.log(ends),[np.log(o) for o in ways]
     else:
-        gained = max(abs(ways[1][:3].mean()-ends[1]), abs(ends[1]), 1e-12)
+        gained = self._unit(best[1]['loss'])/unit[1]
         ends,ways = ([o/gained for o in v] for v in (ends,ways))
     return float(ends[0]-ends[1]+ways[0].mean()-ways[1].mean())/2
 
@@ -610,8 +614,8 @@ def race_alone(self:Races,
     half = n_steps//2
     self.rung(bs, half, rates)
     if not self.race.range_of(bs, [half]): return False
-    longest = [self.run(bs, o, n_steps) for o in self.going_on(bs, half)]
-    return any(longest) and self.race.settle(bs, [half,n_steps])
+    for o in self.going_on(bs, half): self.run(bs, o, n_steps)
+    return bool(self.race.racers(bs, n_steps, 'loss')) and self.race.settle(bs, [half,n_steps])
 
 @patch
 def least_lead(self:Race,
@@ -632,8 +636,7 @@ def beside(self:Races, bs, sizes, steps, factor, behind):
         r = 2**round(math.log2(factor(bs, b)))*mid
         towards = r/2 if b > bs else 2*r # where the rule goes too far
         for o in (r,towards,r*r/towards):
-            if (behind(b, bs) <= _hopeless or o!=r*r/towards) and not self.run(b, o, steps(b)):
-                self.race.ended = f"after {self.seconds:.0f} s the time was over"
+            if behind(b, bs) <= _hopeless or o!=r*r/towards: self.run(b, o, steps(b))
     return res
 
 @patch
@@ -646,17 +649,20 @@ def find_bs(self:Races,
     per_item:bool=False # Is the loss the sum over a batch? Then it is divided by the batch size
 )->int: # The best; None: there was no time for a race
     "Race batch sizes in equal time, and record the best one and its rate as the answer"
+    self.race.ended = ''
     if not self.race_alone(bs, steps(bs), [rate/2,rate,2*rate]):
         self.race.ended = self.race.ended or f"no learning rate got through with batches of {bs:,}, so batch sizes have not raced"
         return
-    self.race.predicted,self.race.ended = bs,''
+    self.race.predicted = bs
     def behind(b, other): return self.race.behind((b,steps(b)), (other,steps(other)), per_item)
     while True:
         least = self.race.least_lead(bs, steps(bs))
         winner = min((bs,*self.beside(bs, sizes, steps, factor, behind)), key=lambda b: behind(b, bs))
-        if winner==bs or behind(winner, bs) > -least: return bs
+        if winner==bs or not behind(winner, bs) <= -least*(_smaller if winner < bs else 1): return bs
         bs = winner
-        self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs))))
+        if not self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs)))):
+            self.race.settle(bs, [steps(bs)]) # by what it has won with
+            return bs
 
 # %% ../nbs/09_lr.ipynb #d52c1018
 @patch(as_prop=True)
@@ -681,7 +687,7 @@ _flat = 8 # times the lowest rate that is as good as the best: in so wide a rang
 def summary(self:Race)->str: # One sentence
     "What the race found, and how sure that is"
     if self.lr is None: raise ValueError("nothing was raced yet: call `learn.lr_race()` first")
-    n,rates = max(self.rungs),list(self.scores(self.bs, max(self.rungs)))
+    n,rates = max(self.rungs),list(self.excess(self.bs, self.rungs))
     as_good = f"{self.low:.2g} to {self.high:.2g} do as well in {n} steps"
     size = f'batches of {self.bs:,}' if self.bs else "the loader's batches"
     found = f"learning rate {lr_text(self.lr)} at {size}: {as_good}"
@@ -714,8 +720,9 @@ def plot_lr_race(self:Recorder,
         seconds = np.linspace(0, o['seconds'], len(o['losses']))
         left.plot(seconds, smooth(o['losses']), color=color, label=f"{o['lr']:.2g}" + ' (diverged)'*o['lost'])
     shown = [o['losses'] for o in rows if o['losses'] and o['loss'] <= o['losses'][0]] # others leave the picture
-    ends = [v for o in shown for v in smooth(o)]
-    if ends: left.set_ylim(min(ends)-.05*np.ptp(ends), max(ends)+.05*np.ptp(ends))
+    if shown:
+        low,high = min(smooth(o).min() for o in shown),max(o[0] for o in shown)
+        left.set_ylim(low-.05*(high-low), high+.2*(high-low))
     left.set(xlabel='Seconds', ylabel='Loss, smoothed')
     legend_above(left)
     for bs,m in sorted({(o['bs'],o['n_steps']) for o in race.rows if o['bs']==race.bs or o['n_steps'] in race.rungs}):
