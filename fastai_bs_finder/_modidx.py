@@ -417,7 +417,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_bs_finder.lr.Race.behind': ('lr.html#race.behind', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.Race.chance': ('lr.html#race.chance', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.Race.excess': ('lr.html#race.excess', 'fastai_bs_finder/lr.py'),
-                                     'fastai_bs_finder.lr.Race.least_lead': ('lr.html#race.least_lead', 'fastai_bs_finder/lr.py'),
+                                     'fastai_bs_finder.lr.Race.lead': ('lr.html#race.lead', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.Race.of_kind': ('lr.html#race.of_kind', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.Race.racers': ('lr.html#race.racers', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.Race.range_of': ('lr.html#race.range_of', 'fastai_bs_finder/lr.py'),

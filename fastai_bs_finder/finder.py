@@ -20,7 +20,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
-from .stats import RunningNoiseScale, is_number, is_whole
+from .stats import RunningNoiseScale, is_number, is_whole, relative_steps
 from .callbacks import accumulates, takes_part
 from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
 from .losses import LossFacts
@@ -492,7 +492,9 @@ def _race_sizes(rec, races, is_sum):
     seconds = max(seconds, 2*_least_steps*time_of(bs))
     def steps(b): return round(seconds/time_of(b))
     sizes = [o for o in sizes if steps(o) >= 2*_least_steps]
-    races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, is_sum)
+    def seconds_to_loss(b): return time_of(b)*relative_steps(b, row.noise_scale)
+    def predicted(a, b): return math.log2(seconds_to_loss(b)/seconds_to_loss(a)) if math.isfinite(row.noise_scale) else 0.
+    races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, predicted, is_sum)
 
 # %% ../nbs/11_finder.ipynb #b27c19c9
 def _at_rest(learn, end, races, n_steps, seconds, bs, wd):

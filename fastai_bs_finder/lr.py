@@ -582,7 +582,7 @@ def rate(self:Race):
 
 # %% ../nbs/09_lr.ipynb #d52c1033
 _next = 1.4 # times a batch size: the next one that is worth a race
-_ahead,_smaller = 1/8,2 # doublings of time by which another size has to be ahead, and times as many if it is smaller
+_ahead,_most_ahead = 1/16,3 # doublings of time by which another size has to be ahead, and that count for a lead
 _hopeless = .2 # how far behind with its first two rates a batch size is not raced further
 
 @patch
@@ -618,12 +618,15 @@ def race_alone(self:Races,
     return bool(self.race.racers(bs, n_steps, 'loss')) and self.race.settle(bs, [half,n_steps])
 
 @patch
-def least_lead(self:Race,
-    bs:int, # Batch size that has raced alone
-    n_steps:int # Of its longest racers
-)->float: # As an excess
-    "By how much another size has to be ahead: what `bs` gains in the last eighth of a doubling of its time, or what chance does"
-    return max(_ahead*self.behind((bs,n_steps//2), (bs,n_steps)), self.chance(bs, n_steps)/2)
+def lead(self:Race,
+    one:tuple, # Batch size and steps of a racer; of several, it is the best
+    other:tuple, # Likewise; that size has raced alone
+    per_item:bool=False # Is the loss the sum over a batch?
+)->float: # Doublings of time, 3 at the most; negative: `one` is behind
+    "How far `one` is ahead, by what `other` gains in the second half of its time, or by four times what chance does"
+    bs,n_steps = other
+    unit = max(self.behind((bs,n_steps//2), other, per_item), 4*self.chance(bs, n_steps), 1e-9)
+    return min(_most_ahead, max(-_most_ahead, -self.behind(one, other, per_item)/unit))
 
 # %% ../nbs/09_lr.ipynb #d52c1038
 @patch
@@ -646,6 +649,7 @@ def find_bs(self:Races,
     sizes:list, # All that may race, rising
     steps:callable, # Of a batch size: how many steps it makes in the time of a race
     factor:callable, # Of two batch sizes: by how much the rate changes from the first to the second
+    predicted:callable, # Of two batch sizes: doublings of time by which the first is predicted to be ahead
     per_item:bool=False # Is the loss the sum over a batch? Then it is divided by the batch size
 )->int: # The best; None: there was no time for a race
     "Race batch sizes in equal time, and record the best one and its rate as the answer"
@@ -653,12 +657,15 @@ def find_bs(self:Races,
     if not self.race_alone(bs, steps(bs), [rate/2,rate,2*rate]):
         self.race.ended = self.race.ended or f"no learning rate got through with batches of {bs:,}, so batch sizes have not raced"
         return
-    self.race.predicted = bs
+    self.race.predicted = start = bs
     def behind(b, other): return self.race.behind((b,steps(b)), (other,steps(other)), per_item)
+    def lead(b):
+        if b==bs: return _ahead
+        return (2*self.race.lead((b,steps(b)), (bs,steps(bs)), per_item) + predicted(b, bs))/3
     while True:
-        least = self.race.least_lead(bs, steps(bs))
-        winner = min((bs,*self.beside(bs, sizes, steps, factor, behind)), key=lambda b: behind(b, bs))
-        if winner==bs or not behind(winner, bs) <= -least*(_smaller if winner < bs else 1): return bs
+        onwards = [o for o in sizes if (o-bs)*(bs-start) >= 0] # never back
+        winner = max((bs,*self.beside(bs, onwards, steps, factor, behind)), key=lead)
+        if winner==bs: return bs
         bs = winner
         if not self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs)))):
             self.race.settle(bs, [steps(bs)]) # by what it has won with

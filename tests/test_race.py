@@ -81,15 +81,17 @@ def test_sizes_are_compared_by_end_and_way():
     assert math.isinf(race.behind((32,100), (64,100)))
 
 def test_a_lead_is_counted_in_time():
-    "A size has to be ahead by what an eighth of a doubling of time is worth, and by more than chance"
+    "By what half of the time was worth, and by what chance does, if that is more"
     def race(half, most, chance=0.):
         noise = chance*np.random.default_rng(0).standard_normal((2,100))
         res = rows({.01: half}, n_steps=50) + rows({.01: most, .02: most}, n_steps=100)
         for o,e in zip(res[1:], noise): o['losses'] = list(np.array(o['losses'])+e)
-        return Race(1e-3, res)
-    assert race(2., 1.).least_lead(64, 100)==pytest.approx(math.log(2)/8, rel=.05)
-    assert race(1.02, 1.).least_lead(64, 100)==pytest.approx(math.log(1.02)/8, rel=.1)
-    assert race(1.02, 1., chance=.2).least_lead(64, 100) > 5*math.log(1.02)/8
+        return Race(1e-3, res + rows({.01: .9*most}, bs=128, n_steps=50, first=1.8))
+    def lead(*args): return race(*args).lead((128,50), (64,100))
+    assert lead(2., 1.)==pytest.approx(-math.log(.9)/math.log(2), rel=.05)
+    assert lead(1.2, 1.)==pytest.approx(-math.log(.9)/math.log(1.2), rel=.1)
+    assert 0 < lead(1.2, 1., .2) < lead(1.2, 1.)/1.5
+    assert lead(1.001, 1.)==3
 
 class Stub(Races):
     "Races whose racers end with `loss(bs, rate, n_steps)`, as many as there is time for"
@@ -105,8 +107,8 @@ class Stub(Races):
         self.race.rows += [o for o in rows({rate: v}, bs, n_steps)]
         return True
 
-def find_bs(races, bs=64, sizes=(16,32,64,128,256,512)):
-    return races.find_bs(bs, .01, list(sizes), lambda b: 6400//b, lambda a,b: 1.)
+def find_bs(races, bs=64, sizes=(16,32,64,128,256,512), predicted=lambda a,b: 0.):
+    return races.find_bs(bs, .01, list(sizes), lambda b: 6400//b, lambda a,b: 1., predicted)
 
 def valley_at(best, slope=.3):
     "Losses that fall with time, and grow with the distance from the best size and from a rate of 0.01"
@@ -121,12 +123,14 @@ def test_goes_to_the_best_size(best):
     assert find_bs(races)==best==races.race.bs and races.race.predicted==64 and not races.race.ended
     assert races.race.rate==pytest.approx(.01, rel=.1)
 
-def test_smaller_sizes_have_to_be_further_ahead():
-    "Half a time is worth log(2)*0.2 here: an eighth of that is enough for a larger size, and a quarter for a smaller one"
-    lead = .2*math.log(2)*3/16
-    assert find_bs(Stub(valley_at(128, lead)), sizes=(64,128))==128
-    assert find_bs(Stub(valley_at(32, lead)), sizes=(32,64))==64
-    assert find_bs(Stub(valley_at(32, 2*lead)), sizes=(32,64))==32
+@pytest.mark.parametrize('other', [32,128])
+def test_a_prediction_counts_a_third(other):
+    "Half a time is worth log(2)*0.2 here, so these are doublings of time"
+    def winner(lead, predicted):
+        races = Stub(valley_at(other, .2*math.log(2)*lead))
+        return find_bs(races, sizes=sorted((64,other)), predicted=lambda a,b: predicted if a==other else -predicted)
+    assert winner(.12, 0.)==other and winner(.07, 0.)==64
+    assert winner(.12, -.1)==64 and winner(.07, .1)==other
 
 @pytest.mark.parametrize('n_racers', range(40))
 def test_time_is_over_in_a_race_of_sizes(n_racers):
