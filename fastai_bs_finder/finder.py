@@ -467,7 +467,8 @@ _points,_windows = 8,5 # trainings that lead to where is measured, and measureme
 _shares = dict(profile=1/8, race=1/3, search=1/4) # of the time
 _rehearsed = 60 # steps at the most, of the longest racers of the first race, and of the training before the measurement
 _least_steps = 8 # of a racer in half of the time: a size that makes fewer can't be compared with others
-_steps,_racers = 400,12 # of the last race: steps that the learner's own size would make, and racers that there is to be time for
+_steps,_passes = 400,2 # of the last race: steps that the learner's own size would make, epochs that the predicted one would,
+_racers = 12 # and racers that there is to be time for
 
 def _race_rate(learn, rec, bs, wd, seconds):
     "Race learning rates at the batch size of the search; the steps that the longest racer made"
@@ -488,7 +489,8 @@ def _race_sizes(rec, races, is_sum):
     def factor(a, b): return lr_factor(a, b, row.noise_scale, power)
     bs = fastest(rec)
     sizes = [int(o) for o in rec.profile.fitting()]
-    seconds = min(min(_steps, races.most_steps(race.bs))*time_of(race.bs), races.left()/_racers)
+    most = min(_steps, races.most_steps(race.bs))*time_of(race.bs),races.most_steps(bs, _passes)*time_of(bs)
+    seconds = min(*most, races.left()/_racers)
     seconds = max(seconds, 2*_least_steps*time_of(bs))
     def steps(b): return round(seconds/time_of(b))
     sizes = [o for o in sizes if steps(o) >= 2*_least_steps]

@@ -520,11 +520,12 @@ _units = 9 # times its steps are what all three rungs take, about
 
 @patch
 def most_steps(self:Races,
-    bs:int # Batch size
+    bs:int, # Batch size
+    epochs:float=4. # As many epochs
 )->int:
-    "Four epochs, or 50 steps if that is more: longer racers on few items would learn them by heart"
+    "So many epochs, or 50 steps if that is more: longer racers on few items would learn them by heart"
     batches = len(self.learn.dls.train)*(self.loader_bs/bs if bs and self.loader_bs else 1)
-    return max(50, round(4*batches))
+    return max(50, round(epochs*batches))
 
 @patch
 def steps_for(self:Races,
