@@ -61,7 +61,7 @@ def main():
     df = pd.concat([kept('later', o, 1, partial(measure, o, args.data, args.seeds)) for o in tasks])
     df['law/end'],df['bs_find/end'] = df.law/df.end,df.bs_find/df.end
     table(df.to_dict('records'))
-    off = {k: float(np.exp(np.log(df[k].replace(math.inf, np.nan)).abs().median())) for k in ('law/end','bs_find/end')}
+    off = {k: float(np.exp(np.log(df[k].replace([0,math.inf], np.nan)).abs().median())) for k in ('law/end','bs_find/end')}
     print('off by a factor of, median: ' + ', '.join(f'{k} {v:.1f}' for k,v in off.items()))
 
 if __name__=='__main__': main()
