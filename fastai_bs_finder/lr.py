@@ -456,7 +456,6 @@ def run(self:Races,
 )->bool: # Has it run, now or before? There may be no time
     "Run a racer, and record it"
     if rate in self.race.scores(bs, n_steps): return True
-    racer = None
     def over():
         self.race.ended = f"after {self.seconds:.0f} s the time was over"
         return False
