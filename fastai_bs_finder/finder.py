@@ -20,17 +20,18 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
-from .stats import RunningNoiseScale, is_number, is_whole, relative_steps
+from .stats import RunningNoiseScale, is_number, is_whole
 from .callbacks import accumulates, takes_part
 from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
 from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items, whole_batches
-from .profile import Profile, out_of_memory, profile_key
+from .profile import Profile, device_of, out_of_memory, profile_key, unstalled
 from .lr import Races, as_lr, check_seconds, is_adaptive, lr_factor, n_groups, times_lr, top_lr
-from .suggest import (
-    BSSuggestion, default_funcs, epochs_at, fastest, in_epochs, lr_at, needs_profile, raced, suggestion_name)
+from fastai_bs_finder.suggest import (
+    BSSuggestion, default_funcs, epochs_at, fastest, in_epochs, lr_at, needs_profile, raced, relative_steps_to,
+    suggestion_name)
 
 # %% ../nbs/11_finder.ipynb #869bd65a
 class BSFinder(Callback):
@@ -494,8 +495,7 @@ def _race_sizes(rec, races, is_sum):
     seconds = max(seconds, 2*_least_steps*time_of(bs))
     def steps(b): return round(seconds/time_of(b))
     sizes = [o for o in sizes if steps(o) >= 2*_least_steps]
-    def seconds_to_loss(b): return time_of(b)*relative_steps(b, row.noise_scale)
-    def predicted(a, b): return math.log2(seconds_to_loss(b)/seconds_to_loss(a)) if math.isfinite(row.noise_scale) else 0.
+    def predicted(a, b): return -math.log2(relative_steps_to(a, b, row.noise_scale)*time_of(a)/time_of(b))
     races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, predicted, is_sum)
 
 # %% ../nbs/11_finder.ipynb #b27c19c9
@@ -594,17 +594,19 @@ def bs_find(self:Learner,
     _check_epochs(epochs)
     rec,wanted = BSRecorder.of(self),any(map(needs_profile, funcs))
     try:
-        if lr is None: _recipe(self, rec, end, bs, wd, seconds, wanted)
-        else:
-            if num_it is None: end.seconds = seconds*2/3
-            _search(self, end, as_lr(lr, n_groups(self)), bs, wd)
+        with unstalled(device_of(self)):
+            if num_it is None and lr is not None: end.seconds = seconds*2/3
+            if lr is None: _recipe(self, rec, end, bs, wd, seconds, wanted)
+            else:
+                _search(self, end, as_lr(lr, n_groups(self)), bs, wd)
+                if finder.search.noise: _renew_profile(
+                    self, rec, wanted, min(20, max(seconds/6, seconds-(time.perf_counter()-start))))
     finally:
         if finder.search.noise: rec.keep(search=finder.search) # also where an error or an interrupt ended it
     if not finder.search.noise:
         return warn(f"bs_find made no measurement, so it has no suggestion{_why_nothing(self, finder)}", stacklevel=2)
     finder.search.epochs = epochs
     _warn_of_result(rec, finder)
-    if lr is not None: _renew_profile(self, rec, wanted, min(20, max(seconds/6, seconds-(time.perf_counter()-start))))
     if not funcs: return rec.plot_bs_find() if show_plot else None
     sugg = _answer(rec, funcs, SuggestedBSs)
     if show_plot: rec.plot_bs_find(suggestions=sugg[:len(funcs)], nms=sugg._fields[:len(funcs)])

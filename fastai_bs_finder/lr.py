@@ -29,7 +29,7 @@ from .callbacks import accumulates
 from .state import check_learner, check_loss, check_target, preserve, saved_random_state
 from .loaders import batch_size, check_loader, whole_batches
 from .recorder import BSRecorder, Search, legend_above
-from .profile import device_of, give_back, out_of_memory
+from .profile import device_of, give_back, out_of_memory, unstalled
 
 # %% ../nbs/09_lr.ipynb #3cd18182
 def lr_factor(
@@ -274,6 +274,7 @@ class Race:
     high:float = None # And end here
     at_rest:dict = field(default_factory=dict) # The loss at the end of a racer that learned nothing, by batch size and steps
     predicted:int = None # If batch sizes have raced: the one that they began with, as predicted from a search
+    ahead:float = 0. # Doublings of time by which the answer is ahead of that one
     search:Search = None # That search
     ended:str = '' # Why not all was raced that was to be; empty: it was
 
@@ -666,6 +667,7 @@ def find_bs(self:Races,
         onwards = [o for o in sizes if (o-bs)*(bs-start) >= 0] # never back
         winner = max((bs,*self.beside(bs, onwards, steps, factor, behind)), key=lead)
         if winner==bs: return bs
+        self.race.ahead += lead(winner)
         bs = winner
         if not self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs)))):
             self.race.settle(bs, [steps(bs)]) # by what it has won with
@@ -768,7 +770,8 @@ def lr_race(self:Learner,
         "lr_race trains in one process: call it outside of `distrib_ctx`, on one of them")
     rec,races = BSRecorder.of(self),Races(self, lr, seconds, wd)
     race,bs = races.race,races.own_bs if bs is None else int(bs)
-    try: races.find(bs, races.steps_for(bs, seconds), top_lr(races.lr))
+    try:
+        with unstalled(device_of(self)): races.find(bs, races.steps_for(bs, seconds), top_lr(races.lr))
     finally: # what was raced before an interrupt is kept, too
         races.progress(done=True)
         if race.rows: rec.keep(race=race)

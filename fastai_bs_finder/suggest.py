@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['default_funcs', 'critical', 'efficient', 'raced', 'relative_steps_to', 'fastest', 'fits', 'suggestion_name',
-           'needs_profile', 'BSTable', 'lr_at', 'epochs_at', 'in_epochs', 'BSSuggestion']
+           'needs_profile', 'BSTable', 'lr_at', 'noise_scale_raced', 'epochs_at', 'in_epochs', 'BSSuggestion']
 
 # %% ../nbs/10_suggest.ipynb #01037575
 import math, warnings
@@ -192,12 +192,26 @@ def lr_at(
     if raced(rec): lr,bs_from = rec.race.lr,rec.race.bs
     return times_lr(lr, lr_factor(bs_from, int(bs), rec.settled().noise_scale, .5 if search.adaptive else 1.))
 
+_most_off = 8 # times that a race may move the noise scale
+
+def noise_scale_raced(
+    rec:BSRecorder # Recorder of a finished search
+)->float: # Items
+    "The noise scale; where a race has overturned what it predicts, the one that agrees with the race"
+    ns,race,time_of = rec.settled().noise_scale,rec.race,rec.profile.time_of_step
+    if not raced(rec) or race.predicted in (None,race.bs): return ns
+    a,b = race.predicted,race.bs
+    steps = 2**-race.ahead*time_of(a)/time_of(b) # to the same loss at `b`, as a multiple of those at `a`
+    least,most = sorted((1., a/b)) # what an infinite noise scale and one of 0 allow
+    res = (steps-1)/(1/b-steps/a) if least < steps < most else math.inf if (steps <= least)==(b > a) else 0.
+    return min(max(res, ns/_most_off), _most_off*ns)
+
 def epochs_at(
     rec:BSRecorder, # Recorder of a search with `epochs`
     bs:int # Batch size to train with
 )->int: # At least 1
     "As many epochs as it takes to get as far as the learner's own batch size does in `epochs` (arXiv 1812.06162, section 2)"
-    search,ns = rec.search,rec.settled().noise_scale
+    search,ns = rec.search,noise_scale_raced(rec)
     return max(1, round(search.epochs*relative_steps_to(bs, search.train_bs, ns)*bs/search.train_bs))
 
 def in_epochs(

@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from torch import nn, Tensor
 from fastai_bs_finder import profile
+from fastai_bs_finder.profile import unstalled
 from fastai_bs_finder.all import BSSuggestion
 from helpers import digits, make_learner
 
@@ -442,3 +443,44 @@ def test_rows_stay_after_an_interrupt(learn):
     learn.add_cb(Full(128, 'after_loss', KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt): quick(learn)
     assert list(learn.recorder.bs_profile_stats.index)==[8,16,32,64]
+
+# --- beside other programs
+
+def threads(monkeypatch, n, times):
+    "As if there were `n` threads, with which an operation takes so many `times` as long as with one; the numbers as they are set"
+    now = [n]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: now[-1])
+    monkeypatch.setattr(torch, 'set_num_threads', now.append)
+    monkeypatch.setattr(profile, '_seconds_each', lambda k: 1e-3*(times if k > 1 else 1))
+    return now
+
+@pytest.mark.parametrize('device,n,times,inside', [('cpu',4,100,1), ('cpu',4,1.5,4), ('cpu',1,100,1), ('cuda',4,100,4)])
+def test_threads_that_wait_for_each_other(monkeypatch, recwarn, device, n, times, inside):
+    "One is enough then, and only then; afterwards, also after an error, there are as many as before"
+    now = threads(monkeypatch, n, times)
+    with pytest.raises(KeyError):
+        with unstalled(torch.device(device)):
+            assert now[-1]==inside
+            raise KeyError
+    assert now[-1]==n
+    assert ['PyTorch\'s 4 threads wait for each other' in str(o.message) for o in recwarn]==[True]*(inside < n)
+
+def test_one_thread_in_a_profile_and_in_searches(learn, monkeypatch):
+    "It is said once; a profile that was made with one thread is not taken for that of four"
+    now,seen = threads(monkeypatch, 4, 100),set()
+    class Look(Callback):
+        run_mock = True
+        def before_batch(self): seen.add(now[-1])
+    learn.add_cb(Look())
+    calls = [lambda: quick(learn), lambda: learn.bs_find(seconds=2., show_plot=False), lambda: learn.lr_race(seconds=1., show_plot=False),
+             lambda: learn.bs_find(1e-3, num_it=20, show_plot=False)]
+    for f in calls:
+        with pytest.warns(UserWarning, match='wait for each other') as said: f()
+        assert sum('wait for each other' in str(o.message) for o in said)==1 and seen=={1} and now[-1]==4
+    key = learn.recorder.profile.key
+    assert key!=profile.profile_key(learn)
+
+def test_seconds_of_a_small_operation():
+    n = torch.get_num_threads()
+    try: assert 0 < profile._seconds_each(1) < 1
+    finally: torch.set_num_threads(n)

@@ -16,8 +16,10 @@ from fastai.optimizer import SGD
 from fastcore.foundation import L
 from fastai_bs_finder.all import *
 from fastai_bs_finder.lr import Race, Racer, Races, n_groups, top_lr
+from fastai_bs_finder.profile import Profile
+from fastai_bs_finder.recorder import BSRecorder, Search
 from fastai_bs_finder.stats import ratio_interval
-from fastai_bs_finder.suggest import epochs_at, lr_at, raced
+from fastai_bs_finder.suggest import epochs_at, lr_at, noise_scale_raced, raced
 from helpers import digits, make_learner, plain_learner
 
 def state_of(learn):
@@ -121,6 +123,7 @@ def valley_at(best, slope=.3):
 def test_goes_to_the_best_size(best):
     races = Stub(valley_at(best))
     assert find_bs(races)==best==races.race.bs and races.race.predicted==64 and not races.race.ended
+    assert (races.race.ahead > 0)==(best!=64)
     assert races.race.rate==pytest.approx(.01, rel=.1)
 
 @pytest.mark.parametrize('other', [32,128])
@@ -141,6 +144,33 @@ def test_time_is_over_in_a_race_of_sizes(n_racers):
     assert (found is None)==(races.race.predicted is None)
     assert found==512 or races.race.ended
     if found: assert races.race.rate==pytest.approx(.01, rel=1)
+
+def recorder_of(noise_scale, predicted, bs, ahead):
+    "Of a search and a race, on a machine where a step takes 1 ms and 0.01 ms an item"
+    rec = BSRecorder()
+    rec.keep(search=Search(train_bs=64, epochs=5, at_rest=50), profile=Profile([dict(
+        bs=o, step_time=1e-3+1e-5*o, data_share=.1, memory=1., fits=True) for o in (32,64,128,256,512)]))
+    rec.search.add(1, noise_scale, 1.)
+    rec.keep(race=Race(.01, lr=.01, bs=bs, predicted=predicted, ahead=ahead, search=rec.search))
+    return rec
+
+@pytest.mark.parametrize('noise_scale,bs', [(200.,128), (200.,256), (200.,64), (900.,512), (math.inf,256)])
+def test_epochs_without_a_surprise(noise_scale, bs):
+    "If the race agrees with the noise scale, whichever size it has gone to, the epochs are those of the noise scale"
+    def seconds(b): return (1e-3+1e-5*b)*((1+noise_scale/b) if noise_scale < math.inf else 1/b)
+    rec = recorder_of(noise_scale, 128, bs, math.log2(seconds(128)/seconds(bs)))
+    assert noise_scale_raced(rec)==pytest.approx(noise_scale)
+    if noise_scale < math.inf: assert epochs_at(rec, bs)==round(5*(bs+noise_scale)/(64+noise_scale))
+    else: assert epochs_at(rec, bs)==5
+
+@pytest.mark.parametrize('bs,ahead,raced', [(256,.9,math.inf), (256,-9,0.), (64,.5,0.), (64,-9.,math.inf), (256,.2,985.), (64,.1,54.1)])
+def test_epochs_by_the_race(bs, ahead, raced):
+    "A larger size that is ahead means a larger noise scale, a smaller one that is ahead a smaller one; eight times at the most"
+    found = noise_scale_raced(recorder_of(200., 128, bs, ahead))
+    assert found==pytest.approx(min(1600, max(25, raced)), rel=.01)
+    if 25 < found < 1600: # it explains what was raced
+        def seconds(b): return (1e-3+1e-5*b)*(1+found/b)
+        assert math.log2(seconds(128)/seconds(bs))==pytest.approx(ahead)
 
 def test_sizes_without_a_rate_that_works():
     "The predicted one is no answer then, and a neighbour doesn't win"
