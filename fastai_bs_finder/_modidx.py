@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_bs_finder.lr._optimizers': ('lr.html#_optimizers', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr._params_of': ('lr.html#_params_of', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr._plain': ('lr.html#_plain', 'fastai_bs_finder/lr.py'),
+                                     'fastai_bs_finder.lr._plain_rates': ('lr.html#_plain_rates', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr._twin': ('lr.html#_twin', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.as_lr': ('lr.html#as_lr', 'fastai_bs_finder/lr.py'),
                                      'fastai_bs_finder.lr.check_seconds': ('lr.html#check_seconds', 'fastai_bs_finder/lr.py'),

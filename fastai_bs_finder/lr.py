@@ -15,6 +15,7 @@ from functools import partial
 from operator import itemgetter
 from warnings import warn
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from fastcore.basics import patch
@@ -715,6 +716,13 @@ def lr_race_summary(self:Recorder)->str: # One sentence
     return race_of(self).summary()
 
 # %% ../nbs/09_lr.ipynb #d52c1019
+def _plain_rates(axis):
+    "Rates in numbers on a logarithmic axis, three a decade where there are few decades"
+    low,high = axis.axes.get_xlim()
+    axis.set_major_locator(LogLocator(subs=(1,2,5) if high < 100*low else (1,)))
+    axis.set_major_formatter(lambda v,pos: f'{v:.2g}')
+    axis.set_minor_formatter(NullFormatter())
+
 @patch
 def plot_lr_race(self:Recorder,
     return_fig:bool=False # Return the matplotlib figure
@@ -740,6 +748,7 @@ def plot_lr_race(self:Recorder,
     right.axvspan(race.low, race.high, alpha=.15, lw=0)
     right.axvline(race.rate, color='C3', ls='--')
     right.set(xlabel='Learning rate', ylabel='Loss at the end', xscale='log')
+    _plain_rates(right.xaxis)
     right.grid(alpha=.3)
     legend_above(right)
     if return_fig: return fig

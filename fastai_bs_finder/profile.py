@@ -436,7 +436,8 @@ def profile_key(
     n,n_trained = sum(p.numel() for p in params),sum(p.numel() for p in params if p.requires_grad)
     cbs = sorted(type(cb).__name__ for cb in learn.cbs if takes_part(cb))
     workers = getattr(getattr(train, 'fake_l', None), 'num_workers', 0)
-    return (str(device_of(learn)), torch.get_num_threads(), n, n_trained, *cbs, id(getattr(train, 'dataset', train)), workers, str(learn.opt_func))
+    made_of = *cbs,id(getattr(train, 'dataset', train)),workers,str(learn.opt_func)
+    return str(device_of(learn)),torch.get_num_threads(),n,n_trained,*made_of
 
 # %% ../nbs/08_profile.ipynb #0436cca1
 _stalled = 4 # times slower with all threads than with one
