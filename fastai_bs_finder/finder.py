@@ -29,9 +29,8 @@ from .state import check_learner, check_loss, check_target, has_own, preserve, t
 from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items, whole_batches
 from .profile import Profile, device_of, out_of_memory, profile_key, unstalled
 from .lr import Races, as_lr, check_seconds, is_adaptive, lr_factor, n_groups, times_lr, top_lr
-from fastai_bs_finder.suggest import (
-    BSSuggestion, default_funcs, epochs_at, fastest, in_epochs, lr_at, needs_profile, raced, relative_steps_to,
-    suggestion_name)
+from .suggest import BSSuggestion, default_funcs, needs_profile, suggestion_name
+from .suggest import epochs_at, fastest, in_epochs, lr_at, raced, relative_steps_to
 
 # %% ../nbs/11_finder.ipynb #869bd65a
 class BSFinder(Callback):
@@ -495,7 +494,9 @@ def _race_sizes(rec, races, is_sum):
     seconds = max(seconds, 2*_least_steps*time_of(bs))
     def steps(b): return round(seconds/time_of(b))
     sizes = [o for o in sizes if steps(o) >= 2*_least_steps]
-    def predicted(a, b): return -math.log2(relative_steps_to(a, b, row.noise_scale)*time_of(a)/time_of(b))
+    def predicted(a, b): # an infinite noise scale was not seen, and predicts nothing
+        if math.isinf(row.noise_scale): return 0.
+        return -math.log2(relative_steps_to(a, b, row.noise_scale)*time_of(a)/time_of(b))
     races.find_bs(bs, race.rate*factor(race.bs, bs), sizes, steps, factor, predicted, is_sum)
 
 # %% ../nbs/11_finder.ipynb #b27c19c9
@@ -602,10 +603,10 @@ def bs_find(self:Learner,
                 if finder.search.noise: _renew_profile(
                     self, rec, wanted, min(20, max(seconds/6, seconds-(time.perf_counter()-start))))
     finally:
+        finder.search.epochs = epochs
         if finder.search.noise: rec.keep(search=finder.search) # also where an error or an interrupt ended it
     if not finder.search.noise:
         return warn(f"bs_find made no measurement, so it has no suggestion{_why_nothing(self, finder)}", stacklevel=2)
-    finder.search.epochs = epochs
     _warn_of_result(rec, finder)
     if not funcs: return rec.plot_bs_find() if show_plot else None
     sugg = _answer(rec, funcs, SuggestedBSs)

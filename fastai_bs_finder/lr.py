@@ -275,7 +275,7 @@ class Race:
     high:float = None # And end here
     at_rest:dict = field(default_factory=dict) # The loss at the end of a racer that learned nothing, by batch size and steps
     predicted:int = None # If batch sizes have raced: the one that they began with, as predicted from a search
-    ahead:float = 0. # Doublings of time by which the answer is ahead of that one
+    steps:float = 1. # Steps to the same loss with the answer, over those with that one
     search:Search = None # That search
     ended:str = '' # Why not all was raced that was to be; empty: it was
 
@@ -664,15 +664,16 @@ def find_bs(self:Races,
     def lead(b):
         if b==bs: return _ahead
         return (2*self.race.lead((b,steps(b)), (bs,steps(bs)), per_item) + predicted(b, bs))/3
+    ahead = 0. # doublings of time
     while True:
         onwards = [o for o in sizes if (o-bs)*(bs-start) >= 0] # never back
         winner = max((bs,*self.beside(bs, onwards, steps, factor, behind)), key=lead)
         if winner==bs: return bs
-        self.race.ahead += lead(winner)
-        bs = winner
-        if not self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs)))):
-            self.race.settle(bs, [steps(bs)]) # by what it has won with
-            return bs
+        ahead,bs = ahead+lead(winner),winner
+        alone = self.race_alone(bs, steps(bs), list(self.race.scores(bs, steps(bs))))
+        if not alone: self.race.settle(bs, [steps(bs)]) # by what it has won with
+        self.race.steps = 2**-ahead*steps(bs)/steps(start)
+        if not alone: return bs
 
 # %% ../nbs/09_lr.ipynb #d52c1018
 @patch(as_prop=True)

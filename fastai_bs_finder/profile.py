@@ -442,16 +442,18 @@ def profile_key(
 # %% ../nbs/08_profile.ipynb #0436cca1
 _stalled = 4 # times slower with all threads than with one
 
-def _seconds_each(n_threads, limit=.1):
+def _seconds_each(n_threads, least=.01):
     "Seconds of a small operation with so many threads"
-    x,n = torch.ones(2**17),0
+    x,n,took = torch.ones(2**17),0,0.
     torch.set_num_threads(n_threads)
     x.mul_(1.)
     start = time.perf_counter()
-    while n < 200 and time.perf_counter()-start < limit:
+    while took < least:
         x.mul_(1.)
-        n += 1
-    return (time.perf_counter()-start)/n
+        n,took = n+1,time.perf_counter()-start
+    return took/n
+
+_inside = [] # those that have decided, of which only the first one does
 
 @contextmanager
 def unstalled(
@@ -460,15 +462,18 @@ def unstalled(
     "Compute with a single thread where several only wait for each other, as on a CPU beside other programs"
     n = torch.get_num_threads()
     try:
-        if device.type=='cpu' and n > 1:
-            times = _seconds_each(n)/_seconds_each(1)
+        _inside.append(n)
+        if device.type=='cpu' and n > 1 and len(_inside)==1:
+            times = np.median([_seconds_each(n)/_seconds_each(1) for _ in range(5)])
             torch.set_num_threads(1 if times > _stalled else n)
             if times > _stalled: warn(
                 f"other programs keep the processor busy, and PyTorch's {n} threads wait for each other: an operation takes "
                 f"{times:.0f} times as long as with one thread. So this goes on with one thread; a training would be faster with "
                 "it, too, as long as they run: `torch.set_num_threads(1)`", stacklevel=4)
         yield
-    finally: torch.set_num_threads(n)
+    finally:
+        _inside.pop()
+        torch.set_num_threads(n)
 
 # %% ../nbs/08_profile.ipynb #113ad0d8
 _scatter = .5 # relative deviation of a step time from the curve that is called in question

@@ -192,19 +192,20 @@ def lr_at(
     if raced(rec): lr,bs_from = rec.race.lr,rec.race.bs
     return times_lr(lr, lr_factor(bs_from, int(bs), rec.settled().noise_scale, .5 if search.adaptive else 1.))
 
-_most_off = 8 # times that a race may move the noise scale
+_most_off = 8 # times that a race may be off the noise scale
 
 def noise_scale_raced(
     rec:BSRecorder # Recorder of a finished search
 )->float: # Items
-    "The noise scale; where a race has overturned what it predicts, the one that agrees with the race"
-    ns,race,time_of = rec.settled().noise_scale,rec.race,rec.profile.time_of_step
-    if not raced(rec) or race.predicted in (None,race.bs): return ns
-    a,b = race.predicted,race.bs
-    steps = 2**-race.ahead*time_of(a)/time_of(b) # to the same loss at `b`, as a multiple of those at `a`
-    least,most = sorted((1., a/b)) # what an infinite noise scale and one of 0 allow
-    res = (steps-1)/(1/b-steps/a) if least < steps < most else math.inf if (steps <= least)==(b > a) else 0.
-    return min(max(res, ns/_most_off), _most_off*ns)
+    "The noise scale; where a race has overturned what it predicts, halfway (in doublings) to what the race agrees with"
+    row,race = rec.settled(),rec.race
+    ns,a,b = row.noise_scale,race.predicted,race.bs
+    if not raced(rec) or a in (None,b): return ns
+    least,most = sorted((1., a/b)) # steps at `b` over those at `a`, if the noise scale is infinite or 0
+    if least < race.steps < most: res = (race.steps-1)/(1/b-race.steps/a)
+    else: res = math.inf if (race.steps <= least)==(b > a) else 0.
+    if math.isinf(ns): return max(res, row.lower)
+    return math.sqrt(ns*min(max(res, ns/_most_off), _most_off*ns))
 
 def epochs_at(
     rec:BSRecorder, # Recorder of a search with `epochs`

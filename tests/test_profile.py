@@ -480,7 +480,27 @@ def test_one_thread_in_a_profile_and_in_searches(learn, monkeypatch):
     key = learn.recorder.profile.key
     assert key!=profile.profile_key(learn)
 
-def test_seconds_of_a_small_operation():
-    n = torch.get_num_threads()
-    try: assert 0 < profile._seconds_each(1) < 1
-    finally: torch.set_num_threads(n)
+def test_only_the_first_decides(monkeypatch):
+    "Otherwise a profile might be made with one thread, and races with several"
+    now,times = threads(monkeypatch, 4, 1),iter([1]*5+[100]*5)
+    monkeypatch.setattr(profile, '_seconds_each', lambda k: 1 if k==1 else next(times))
+    with unstalled(torch.device('cpu')):
+        with unstalled(torch.device('cpu')): assert now[-1]==4
+    with pytest.warns(UserWarning, match='wait for each other'):
+        with unstalled(torch.device('cpu')): assert now[-1]==1
+
+def test_real_threads(monkeypatch):
+    "However busy the machine is"
+    before,seen,each = torch.get_num_threads(),[],profile._seconds_each
+    def watched(n):
+        res = each(n)
+        seen.append((torch.get_num_threads(),res))
+        return res
+    monkeypatch.setattr(profile, '_seconds_each', watched)
+    torch.set_num_threads(2)
+    try:
+        with unstalled(torch.device('cpu')): inside = torch.get_num_threads()
+        assert torch.get_num_threads()==2
+    finally: torch.set_num_threads(before)
+    ratios = sorted(a/b for (_,a),(_,b) in zip(seen[::2], seen[1::2]))
+    assert [o for o,_ in seen]==[2,1]*5 and inside==(1 if ratios[2] > profile._stalled else 2)
