@@ -136,7 +136,8 @@ def in_courses(task, step, recipes, lr_64, done):
     base,t_64 = losses(E, 64, lr_64),seconds(E, 64)
     mine,t = [losses(*o) for o in answers],[seconds(e, bs) for e,bs,_ in answers]
     df = done[E].df
-    df = df[df.bs.isin([int(o) for o in tasks[task].courses]) & df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())]
+    swept = df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())
+    df = df[df.bs.isin([int(o) for o in tasks[task].courses]) & swept]
     df = df.groupby(['bs','lr']).valid_loss.agg(['mean','std','count']).query('count > 1').reset_index()
     def best(limit): return df[df.bs.map(lambda o: seconds(E, o)) <= 1.001*limit].sort_values('mean').head(1).to_dict('records')
     fast = [best(o) for o in t]

@@ -6,7 +6,7 @@
 __all__ = ['BSFinder', 'EndSearch']
 
 # %% ../nbs/11_finder.ipynb #4b12c25a
-import math, time
+import math, time, warnings
 from collections import namedtuple
 from warnings import warn
 import torch
@@ -105,6 +105,7 @@ def _note_sizes(self:BSFinder, bs, n):
     if bs is None: return # the loader can't tell before there is a batch
     s,n_acc = self.search,self.known.get('n_acc', 0)
     s.accumulator,s.at_rest = self.known.get('accumulator'),self.known.get('at_rest')
+    s.drop_last = self.known.get('drop_last', getattr(self.learn.dls.train, 'drop_last', False))
     s.n_items = n or bs*len(self.learn.dls.train)
     s.bs = min(bs, s.n_items)
     s.train_bs = self.known.get('train_bs') or s.bs
@@ -386,7 +387,8 @@ def _mock_training(learn, end, lr, bs, wd, rehearsal=None):
     "Train until the search is over, and undo it; after a `rehearsal` the weights stay where it has led them"
     finder,bar,dl = end.finder,bool(learn._grab_cbs(ProgressCallback)),learn.dls.train
     now = batch_size(dl)
-    finder.known = dict(train_bs=now and min(now, n_items(dl) or now), lr=lr, **_accumulation(learn, now))
+    finder.known = dict(train_bs=now and min(now, n_items(dl) or now), lr=lr, drop_last=getattr(dl, 'drop_last', False))
+    finder.known |= _accumulation(learn, now)
     with preserve(learn):
         if bs is not None: learn.dls.train = whole_batches(dl, bs)
         n_epoch,n_batch = len(learn.dls.train),finder.n_batch
@@ -487,7 +489,9 @@ def _race_sizes(rec, races, is_sum):
     race,row,time_of = races.race,rec.settled(),rec.profile.time_of_step
     power = .5 if rec.search.adaptive else 1.
     def factor(a, b): return lr_factor(a, b, row.noise_scale, power)
-    bs = fastest(rec)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # what there is to be said of the answer is said then
+        bs = fastest(rec)
     sizes = [int(o) for o in rec.profile.fitting()]
     most = min(_steps, races.most_steps(race.bs))*time_of(race.bs),races.most_steps(bs, _passes)*time_of(bs)
     seconds = min(*most, races.left()/_racers)

@@ -137,7 +137,8 @@ def as_lr(
 ): # Of the same kind, in numbers that fastai takes
     "A learning rate as fastai takes it, or an error where it can't be one"
     if hasattr(lr, '_fields'): raise ValueError(
-        f"lr must be a learning rate, got all that `lr_find` suggests: pass one of them, as `suggested.{lr._fields[0]}`")
+        f"lr must be a learning rate, got {type(lr).__name__} of {', '.join(lr._fields)}: "
+        f"pass one of these, as `.{lr._fields[0]}`")
     is_list = isinstance(lr, (list,tuple)) or (not isinstance(lr, slice) and np.ndim(lr) > 0)
     parts = [lr.start,lr.stop] if isinstance(lr, slice) else list(lr) if is_list else [lr]
     parts = [_plain(o) for o in parts]
@@ -430,7 +431,7 @@ def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
     try:
         with preserve(self.learn):
             if bs!=self.own_bs: self.learn.dls.train = whole_batches(self.learn.dls.train, bs)
-            return self.fit(bs, rate, n_steps, self.until)
+            with unstalled(device_of(self.learn)): return self.fit(bs, rate, n_steps, self.until)
     except Exception as e:
         if not out_of_memory(e): raise
         if not self.race.rows: raise torch.cuda.OutOfMemoryError(

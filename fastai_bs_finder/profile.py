@@ -453,7 +453,12 @@ def _seconds_each(n_threads, least=.01):
         n,took = n+1,time.perf_counter()-start
     return took/n
 
-_inside = [] # those that have decided, of which only the first one does
+def _stall(n):
+    "How many times slower is it with `n` threads? 1: about as fast"
+    def times(): return _seconds_each(n)/_seconds_each(1)
+    return 1. if times() <= _stalled else np.median([times() for _ in range(5)])
+
+_inside = [] # how many there were when each of those that are within each other began
 
 @contextmanager
 def unstalled(
@@ -463,8 +468,8 @@ def unstalled(
     n = torch.get_num_threads()
     try:
         _inside.append(n)
-        if device.type=='cpu' and n > 1 and len(_inside)==1:
-            times = np.median([_seconds_each(n)/_seconds_each(1) for _ in range(5)])
+        if device.type=='cpu' and n > 1:
+            times = _stall(n)
             torch.set_num_threads(1 if times > _stalled else n)
             if times > _stalled: warn(
                 f"other programs keep the processor busy, and PyTorch's {n} threads wait for each other: an operation takes "
@@ -473,7 +478,7 @@ def unstalled(
         yield
     finally:
         _inside.pop()
-        torch.set_num_threads(n)
+        if not _inside: torch.set_num_threads(n) # before that, it would be tried again and again
 
 # %% ../nbs/08_profile.ipynb #113ad0d8
 _scatter = .5 # relative deviation of a step time from the curve that is called in question

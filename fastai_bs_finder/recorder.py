@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt, pandas as pd
 from matplotlib.ticker import LogLocator
 from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
+from fastcore.foundation import L
 from .stats import is_number, nearest_pow2, noise_scale
 
 # %% ../nbs/07_recorder.ipynb #2042c6f8
@@ -21,6 +22,7 @@ class Search:
     "What a search measured, one value a measurement, and with what"
     n_items:float = math.inf # Items in the training set: no batch size can be larger
     train_bs:int = None # Batch size that the learner trains with: items in a step
+    drop_last:bool = False # Does its loader leave out a last batch that is too small?
     micro_bs:int = None # That of its loader, if it accumulates the gradients of several batches for a step
     accumulator:str = None # Name of the callback that accumulates the gradients of several batches, if the learner has one
     bs:int = None # Batch size of the search
@@ -32,6 +34,7 @@ class Search:
     at_rest:int = None # If the weights stayed as they were: the steps that had been trained before; None: they moved on
     epochs:float = None # Epochs of the training that is asked about; None: it wasn't said
     in_epochs:str = '' # What follows for them, in words
+    watched:bool = False # Was it a real training, whose losses the recorder has?
     window:int = 0 # Examples in the largest batch that was measured
     noise:list = field(default_factory=list) # tr Σ, smoothed
     scale:list = field(default_factory=list) # |G|², smoothed
@@ -66,6 +69,14 @@ def within(self:Search,
     "Does the interval of the last measurement lie within a factor of 1±tol?"
     ns = self.noise_scale[-1]
     return bool((1-tol)*ns <= self.lower[-1] and self.upper[-1] <= (1+tol)*ns)
+
+@patch
+def steps(self:Search,
+    bs:int # Batch size
+)->float: # Where the number of items is unknown, a multiple of it
+    "Steps in an epoch of the training"
+    n = self.n_items/bs
+    return 1/bs if math.isinf(n) else max(1, math.floor(n) if self.drop_last else math.ceil(n))
 
 @patch
 def last(self:Search)->Search:
@@ -114,6 +125,11 @@ class BSRecorder(Recorder):
         "The record of the last search; an empty one before"
         return self.__dict__.setdefault('search', Search())
 
+    @property
+    def metrics(self):
+        "The learner's, and what is `watched` beside a training"
+        return self.learn.metrics + self.__dict__.get('watched', L())
+
     @classmethod
     def of(cls,
         learn:Learner # The learner whose recorder is wanted
@@ -141,7 +157,7 @@ class BSRecorder(Recorder):
     def __reduce_ex__(self, protocol):
         "Pickle as a plain `Recorder`, so that an exported learner opens where this package is not installed"
         base = next(o for o in type(self).__mro__ if not issubclass(o, BSRecorder))
-        state = {k:v for k,v in self.__getstate__().items() if k not in ('search','profile','race')}
+        state = {k:v for k,v in self.__getstate__().items() if k not in ('search','profile','race','watched')}
         return copyreg._reconstructor, (base, object, None), state
 
 # what the record holds can be asked of the recorder, too
@@ -231,16 +247,23 @@ def plot_bs_find(self:Recorder,
     skip_start:int=0, # Measurements at the beginning to leave out
     return_fig:bool=False, # Return the matplotlib figure
     suggestions:tuple=None, # Batch sizes to mark
-    nms:tuple=None # Their names
+    nms:tuple=None, # Their names
+    losses:bool=False # Draw the loss, too, if it was a training that was watched
 ):
     "Plot the result of a batch size search (won't work if you didn't do `learn.bs_find()` before)"
     search = search_of(self)
     df = search.stats.iloc[skip_start:]
     if df.empty: raise ValueError(_nothing)
+    if losses and not search.watched: raise ValueError(
+        "a search is no training, so there are no losses beside it: `NoiseScaleMonitor` watches a training")
     fig,(ax,parts) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
     _plot_noise_scale(ax, search, df, dict(zip(nms or (), suggestions or ())))
     for k,label in (('noise','noise: tr Σ'), ('scale','scale: |G|²')): parts.plot(df.index, df[k].where(df[k]>0), label=label)
     parts.set(xlabel='Batches processed', yscale='log')
     parts.grid(alpha=.3)
     legend_above(parts)
+    if losses:
+        loss = ax.twinx()
+        loss.plot(range(1, len(self.losses)+1), [o.item() for o in self.losses], color='grey', alpha=.6, lw=1)
+        loss.set_ylabel('Loss')
     if return_fig: return fig

@@ -213,16 +213,19 @@ def epochs_at(
 )->int: # At least 1
     "As many epochs as it takes to get as far as the learner's own batch size does in `epochs` (arXiv 1812.06162, section 2)"
     search,ns = rec.search,noise_scale_raced(rec)
-    return max(1, round(search.epochs*relative_steps_to(bs, search.train_bs, ns)*bs/search.train_bs))
+    now = search.train_bs
+    return max(1, round(search.epochs*relative_steps_to(bs, now, ns)*search.steps(now)/search.steps(bs)))
 
 def in_epochs(
     rec:BSRecorder, # Recorder of a search with `epochs`, and a profile
     bs:int # Batch size to train with
 )->str:
     "What the epochs of the learner's own batch size are at another one, in words"
-    now,epochs,time_of = rec.search.train_bs,epochs_at(rec, bs),rec.profile.time_of_step
-    share = epochs/rec.search.epochs * (time_of(bs)/bs)/(time_of(now)/now)
-    return f"{rec.search.epochs:g} epochs at {now:,} are {epochs:,} at {bs:,}, in {share:.2g} of the time"
+    search,epochs = rec.search,epochs_at(rec, bs)
+    now = search.train_bs
+    def seconds(b): return search.steps(b)*rec.profile.time_of_step(b)
+    share = epochs*seconds(bs)/(search.epochs*seconds(now))
+    return f"{search.epochs:g} epochs at {now:,} are {epochs:,} at {bs:,}, in {share:.2g} of the time"
 
 # %% ../nbs/10_suggest.ipynb #0a0b480f
 @patch

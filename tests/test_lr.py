@@ -138,7 +138,7 @@ def test_the_table_goes_by_the_same(nm, tmp_path):
     ([1e-3,1e-3], 'lr has 2 learning rates, and the optimizer has 1 groups'), ('1e-3', 'positive and finite'),
     ([], 'positive and finite'),
     (np.array([1e-3,-1]), 'positive and finite'), (slice(1e-3,None), 'positive and finite'),
-    (namedtuple('SuggestedLRs', 'valley')(1e-3), 'pass one of them, as `suggested.valley`')])
+    (namedtuple('SuggestedLRs', 'valley')(1e-3), 'got SuggestedLRs of valley: pass one of these, as `.valley`')])
 def test_what_is_no_learning_rate(learn, lr, match):
     with pytest.raises(ValueError, match=match): learn.bs_find(lr, num_it=40, show_plot=False)
 

@@ -480,14 +480,17 @@ def test_one_thread_in_a_profile_and_in_searches(learn, monkeypatch):
     key = learn.recorder.profile.key
     assert key!=profile.profile_key(learn)
 
-def test_only_the_first_decides(monkeypatch):
-    "Otherwise a profile might be made with one thread, and races with several"
-    now,times = threads(monkeypatch, 4, 1),iter([1]*5+[100]*5)
+def test_load_that_begins_later(monkeypatch):
+    "A single hiccup is none; where it is noticed within a search, one thread is enough to the end of it, and it is said once"
+    now,times = threads(monkeypatch, 4, 1),iter([1]+[100]+[1]*5+[100]*6)
     monkeypatch.setattr(profile, '_seconds_each', lambda k: 1 if k==1 else next(times))
-    with unstalled(torch.device('cpu')):
-        with unstalled(torch.device('cpu')): assert now[-1]==4
-    with pytest.warns(UserWarning, match='wait for each other'):
-        with unstalled(torch.device('cpu')): assert now[-1]==1
+    with pytest.warns(UserWarning, match='wait for each other') as said:
+        with unstalled(torch.device('cpu')):
+            with unstalled(torch.device('cpu')): assert now[-1]==4
+            with unstalled(torch.device('cpu')): assert now[-1]==1
+            assert now[-1]==1
+            with unstalled(torch.device('cpu')): assert now[-1]==1
+    assert now[-1]==4 and len(said)==1 and not profile._inside
 
 def test_real_threads(monkeypatch):
     "However busy the machine is"
@@ -502,5 +505,6 @@ def test_real_threads(monkeypatch):
         with unstalled(torch.device('cpu')): inside = torch.get_num_threads()
         assert torch.get_num_threads()==2
     finally: torch.set_num_threads(before)
-    ratios = sorted(a/b for (_,a),(_,b) in zip(seen[::2], seen[1::2]))
-    assert [o for o,_ in seen]==[2,1]*5 and inside==(1 if ratios[2] > profile._stalled else 2)
+    ratios = [a/b for (_,a),(_,b) in zip(seen[::2], seen[1::2])]
+    assert [o for o,_ in seen]==[2,1]*(6 if ratios[0] > profile._stalled else 1)
+    assert inside==(1 if ratios[0] > profile._stalled and sorted(ratios[1:])[2] > profile._stalled else 2)

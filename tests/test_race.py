@@ -19,7 +19,7 @@ from fastai_bs_finder.lr import Race, Racer, Races, n_groups, top_lr
 from fastai_bs_finder.profile import Profile
 from fastai_bs_finder.recorder import BSRecorder, Search
 from fastai_bs_finder.stats import ratio_interval
-from fastai_bs_finder.suggest import epochs_at, lr_at, noise_scale_raced, raced
+from fastai_bs_finder.suggest import epochs_at, in_epochs, lr_at, noise_scale_raced, raced
 from helpers import digits, make_learner, plain_learner
 
 def state_of(learn):
@@ -164,6 +164,16 @@ def test_epochs_without_a_surprise(noise_scale, bs):
     rec = recorder_of(noise_scale, 128, bs, math.log2(seconds(128)/seconds(bs)))
     assert noise_scale_raced(rec)==pytest.approx(noise_scale)
     assert epochs_at(rec, bs)==round(5*(bs+noise_scale)/(64+noise_scale))
+
+def test_epochs_of_few_steps():
+    "A last batch that is left out is no step: 456 items make 7 steps of 64, and a single one of 256"
+    rec = recorder_of(200., 128, 128, 0.)
+    rec.search.n_items,rec.search.drop_last = 456,True
+    steps = 5*7*(1+200/256)/(1+200/64)
+    assert epochs_at(rec, 256)==round(steps)==15 and rec.search.steps(256)==1
+    assert f'are 15 at 256, in {15*3.56/(5*7*1.64):.2g} of the time' in in_epochs(rec, 256)
+    rec.search.drop_last = False
+    assert epochs_at(rec, 256)==round(5*8/2*(1+200/256)/(1+200/64))
 
 def test_an_infinite_noise_scale_and_a_race():
     "What the race says, but no less than what was measured"
