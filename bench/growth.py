@@ -31,13 +31,12 @@ def grown(task, data, bs, peak, rule, power, seed):
     learn.dls = learn.dls.with_bs(bs, val_bs=512)
     learn.dls.train.rng = random.Random(seed)
     with learn.no_logging(): learn.fit_one_cycle(
-        tasks[task].epochs, float(peak), cbs=[clock, *([BatchSizeSchedule(rule(bs), lr_power=power)] if rule else [])])
+        tasks[task].epochs, float(peak), cbs=[clock, BatchSizeSchedule(rule(bs), lr_power=power)])
     return dict(loss=learn.recorder.values[-1][1], steps=clock.n_steps, seconds=clock.seconds)
 
 def curve_of(task):
     "Of the courses with constant sizes: the loss at the best peak, by batch size"
-    df = Study.load(folder(task, f'courses_{tasks[task].epochs}')).df
-    df = df[df.bs.isin([int(o) for o in tasks[task].courses])]
+    df = of_sweep(task, Study.load(folder(task, f'courses_{tasks[task].epochs}')).df)
     means = df.groupby(['bs','lr'])[['valid_loss','steps']].mean().reset_index()
     return means.loc[means.groupby('bs').valid_loss.idxmin()].set_index('bs')
 

@@ -27,11 +27,11 @@ def per_batch(task, data, seconds, cbs):
 def cost(task, data, seconds, n_pairs):
     "A row: the ratio, and how often it was measured"
     per_batch(task, data, seconds/4, [])
-    ratios,n = [],[]
+    ratios = []
     for i in range(n_pairs):
         res = {}
-        for on in (True,False) if i%2 else (False,True): res[on],learn = per_batch(task, data, seconds, [NoiseScaleMonitor()]*on)
-        if True in res: ratios.append(res[True]/res[False])
+        for on in (True,False) if i%2 else (False,True): res[on],_ = per_batch(task, data, seconds, [NoiseScaleMonitor()]*on)
+        ratios.append(res[True]/res[False])
     learn = per_batch(task, data, seconds, [NoiseScaleMonitor()])[1]
     stats = learn.recorder.bs_find_stats
     params = sum(o.numel() for o in learn.model.parameters())

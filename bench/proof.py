@@ -127,6 +127,11 @@ def to_target(task, grid, sweep, step, recipes, lr_64, trained):
         'fitted':f'{fit.critical:,.0f} ({fit.lower:,.0f} to {fit.upper:,.0f})',
         'call (s)':', '.join(f'{o:.0f}' for o in recipes.seconds), 'sweep (s)':cost, 'sweep/call':cost/recipes.seconds.median()}
 
+def of_sweep(task, df):
+    "Of the courses of a study, those of the sweep: there are the recipes' and those with `valley`, too"
+    peak = df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())
+    return df[df.bs.isin([int(o) for o in tasks[task].courses]) & peak]
+
 def in_courses(task, step, recipes, lr_64, done):
     "A row: the recipe's courses beside those with batches of 64, and beside the best of the sweep that is as fast"
     E = tasks[task].epochs
@@ -135,9 +140,7 @@ def in_courses(task, step, recipes, lr_64, done):
     answers = [(int(o.epochs),int(o.fastest),o.lr) for o in recipes.head(n_trained).itertuples()]
     base,t_64 = losses(E, 64, lr_64),seconds(E, 64)
     mine,t = [losses(*o) for o in answers],[seconds(e, bs) for e,bs,_ in answers]
-    df = done[E].df
-    swept = df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())
-    df = df[df.bs.isin([int(o) for o in tasks[task].courses]) & swept]
+    df = of_sweep(task, done[E].df)
     df = df.groupby(['bs','lr']).valid_loss.agg(['mean','std','count']).query('count > 1').reset_index()
     def best(limit): return df[df.bs.map(lambda o: seconds(E, o)) <= 1.001*limit].sort_values('mean').head(1).to_dict('records')
     fast = [best(o) for o in t]
@@ -152,7 +155,7 @@ def in_courses(task, step, recipes, lr_64, done):
 def peaks(task, sweep, done):
     "Rows: the best peak of a course over the best constant rate, at each batch size"
     df,const = done[tasks[task].epochs].df,sweep.best().lr
-    df = df[df.lr.map(lambda o: np.isclose(o, tasks[task].peaks, rtol=1e-5, atol=0).any())]
+    df = of_sweep(task, df)
     means = df.groupby(['bs','lr']).valid_loss.mean().unstack()
     def row(bs, losses):
         near = min(losses.dropna().index, key=lambda o: abs(math.log(o/const[bs])))

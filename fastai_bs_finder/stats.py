@@ -126,7 +126,7 @@ class RunningNoiseScale:
         self.beta,self.rows = state['beta'],[tuple(o) for o in state['rows']]
 
 # %% ../nbs/00_stats.ipynb #cdada373
-class RecentNoiseScale:
+class RecentNoiseScale(RunningNoiseScale):
     "The noise scale as it is now: means over as few of the last measurements as make its interval narrow enough"
     def __init__(self,
         tol:float=.2, # Narrow enough is a 95% interval within a factor of 1±tol
@@ -154,15 +154,7 @@ class RecentNoiseScale:
             n = min(2*n, len(self.rows))
 
     def _last(self, n): return np.array(self.rows[-n:], float).T[1:]
-
-    def means(self)->tuple: # `noise` and `scale`
-        "The averages as they stand"
-        noise,scale,weights = self._last(self.n)
-        return float(noise@weights/weights.sum()), float(scale@weights/weights.sum())
-
-    def interval(self)->tuple: # Lower and upper end
-        "95% interval of the noise scale as it stands, by `ratio_interval`"
-        return ratio_interval(*self._last(self.n))
+    def _weighted(self): return self._last(self.n)
 
     def state_dict(self)->dict: # Plain numbers, to be pickled or written as JSON
         "All that `load_state_dict` needs to go on from here"

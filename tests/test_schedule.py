@@ -7,8 +7,6 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
-from fastai.optimizer import Adam, SGD
-from fastai.torch_core import set_seed
 from fastai_bs_finder.all import *
 from helpers import make_learner, plain_learner, same, search
 
