@@ -30,7 +30,7 @@ class FlipAndCrop(DisplayedTransform):
     split_idx = 0
     def encodes(self, x:TensorImage):
         n,_,h,w = x.shape
-        x = torch.where((torch.rand(n) < .5)[:,None,None,None], x.flip(3), x)
+        x = torch.where((torch.rand(n) < .5)[:,None,None,None].to(x.device), x.flip(3), x)
         views = F.pad(x, [4]*4, mode='reflect').unfold(2, h, 1).unfold(3, w, 1)
         i,j = torch.randint(0, 9, (2,n))
         return views[torch.arange(n), :, i, j]

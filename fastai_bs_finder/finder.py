@@ -22,7 +22,7 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from .stats import RunningNoiseScale, is_number, is_whole
 from .callbacks import accumulates, takes_part
-from .gradients import Estimator, PairSums, check_counts, check_method, get_estimator
+from .gradients import Estimator, PairSums, check_counts, check_method, estimators, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
@@ -37,13 +37,14 @@ class BSFinder(Callback):
     "Measure the gradient noise scale while training and record it in `learn.recorder`"
     order,run_valid,run_mock = MixedPrecision.order-4,False,False
     def __init__(self, *,
-        n_batch:int=5, # Batches in a measurement, at least 2
+        n_batch:int=None, # Batches in a measurement, at least 2; None: 5, or 25 with method 'l1'
         beta:float=0.998, # Weight that a measurement keeps per batch: the averages reach back about `1/(1-beta)` batches
         method:str|Estimator='auto', # Who compares small and big gradients: a name in `estimators`, or one of your own
         k:int=4, # Micro-batches that method 'split' cuts a batch into, at least 2
         reduction:str=None # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     ):
         check_method(method)
+        n_batch = getattr(estimators.get(method, method), 'n_batch', 5) if n_batch is None else n_batch
         check_counts(n_batch=n_batch, k=k)
         if reduction not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
         self.n_batch,self.method,self.k,self.reduction = n_batch,method,k,reduction
@@ -197,7 +198,7 @@ def before_step(self:BSFinder):
         est.unweighted()
     est.add(self._n(), self.learn.xb, self.learn.yb)
     if est.pair:
-        scaler = getattr(self.learn, 'scaler', None)
+        scaler = vars(self.learn).get('scaler') # a model may have something of that name
         self.sums.add(est.pair, scaler and scaler.scale(torch.ones_like(self.learn.loss)))
         self.search.window,est.pair = max(self.search.window, est.pair.b_big),None
     if not est.step_now: raise CancelBatchException()
@@ -251,7 +252,7 @@ def as_asked(self:BSFinder)->bool:
 @patch
 def _overflow(self:BSFinder, loss):
     "Is it the scaled gradients that overflowed, which the scaler answers?"
-    scaler = getattr(self.learn, 'scaler', None)
+    scaler = vars(self.learn).get('scaler')
     return math.isfinite(loss) and scaler is not None and scaler.is_enabled()
 
 @patch
@@ -465,7 +466,7 @@ def _renew_profile(learn, rec, wanted, seconds):
 
 # %% ../nbs/11_finder.ipynb #b27c19c2
 _sure_enough,_least_points = .2,4 # `tol` of a search within the recipe, and trainings before that may end it
-_points,_windows = 8,5 # trainings that lead to where is measured, and measurements after each of them, at the most
+_points,_batches = 8,25 # trainings that lead to where is measured, and batches that are measured after each, at the most
 _shares = dict(profile=1/8, race=1/3, search=1/4) # of the time
 _rehearsed = 60 # steps at the most, of the longest racers of the first race, and of the training before the measurement
 _least_steps = 8 # of a racer in half of the time: a size that makes fewer can't be compared with others
@@ -508,7 +509,7 @@ def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
     "The noise scale after short trainings on batches in other orders: a row for each, from all of them so far"
     finder,asked,tol,n_batch,start = end.finder,end.num_it,end.tol,end.finder.n_batch,time.perf_counter()
     racers,points,res,n,facts = [],RunningNoiseScale(1.),None,0,None
-    windows = max(1, math.ceil(asked//n_batch/_points)) if asked else _windows
+    windows = max(1, math.ceil(asked//n_batch/_points)) if asked else math.ceil(_batches/n_batch)
     def left(): return math.inf if asked else seconds-(time.perf_counter()-start)
     def sure(): return len(points.rows) >= _least_points and res.within(tol or _sure_enough)
     def over():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['estimators', 'sq_norm', 'Pair', 'Measurement', 'PairSums', 'check_counts', 'Estimator', 'AccumulateEstimator',
-           'is_additive', 'is_separable', 'SplitEstimator', 'PerExampleEstimator', 'SequentialEstimator', 'auto_method',
-           'check_method', 'get_estimator']
+           'is_additive', 'is_separable', 'SplitEstimator', 'PerExampleEstimator', 'SequentialEstimator', 'L1Estimator',
+           'auto_method', 'check_method', 'get_estimator']
 
 # %% ../nbs/06_gradients.ipynb #75ffd576
 import inspect, math
@@ -97,6 +97,7 @@ def check_counts(
 class Estimator:
     "What all estimators share: a window of batches, each weighted by its size"
     name = None # What `method` calls it
+    n_batch = 5 # Batches in a measurement, where nobody says
     min_bs = 1 # The fewest items that a batch may have
     own_gradients = False # Does it compute gradients beside those of the training?
     first,batch_done = True,True # Is this the first batch, or the last, of a batch of the loader?
@@ -524,8 +525,57 @@ class SequentialEstimator(Estimator):
 
     def big(self): return sq_norm(self.sums.values()) / self.size**2
 
+# %% ../nbs/06_gradients.ipynb #5b1c0002
+def _l1(grads): return sum(o.abs().sum(dtype=torch.promote_types(o.dtype, torch.float32)) for o in grads)
+
+class L1Estimator(AccumulateEstimator):
+    "Hold the weights for `n_batch` batches as `accumulate` does, and measure by sums of absolute values (arXiv 2602.03001)"
+    name,n_batch = 'l1',25
+    def __init__(self,
+        n_batch:int=25 # Batches in a window, at least 2; with few of them the noise scale comes out too small
+    ): super().__init__(n_batch)
+
+    def start(self, params, model=None, loss_func=None, weighted=True):
+        super().start(params, model, loss_func, weighted)
+        self.by_hand = True
+
+    def _watch(self): "No hooks: each gradient is needed as a whole"
+
+    def _new_window(self):
+        super()._new_window()
+        self.squares,self.every_other,self.size_other = {},{},0
+
+    def stop(self):
+        super().stop()
+        self._new_window()
+
+    def add_small(self, bs, xb, yb):
+        super().add_small(bs, xb, yb)
+        odd,zero = self.n%2,torch.zeros(())
+        if odd: self.size_other += bs
+        for p in self.params:
+            if p.grad is None: continue
+            g = (p.grad.to_dense() if p.grad.is_sparse else p.grad).float()*self.w
+            self.squares[p] = self.squares.get(p, zero.to(g)) + g.square()*(self.bs_first/bs)
+            if odd: self.every_other[p] = self.every_other.get(p, zero.to(g)) + g
+
+# %% ../nbs/06_gradients.ipynb #5b1c0004
+@patch
+def _finish(self:L1Estimator):
+    self.big() # the gradients are those of the whole window now
+    if self.n < 2: return
+    n,size,half,b = self.n,self.size,self.size_other,self.bs_first
+    means = {p: (p.grad.to_dense() if p.grad.is_sparse else p.grad).float() for p in self.squares}
+    sigma = _l1(((self.squares[p]*b-m.square()*size).clamp(min=0)/(n-1)).sqrt() for p,m in means.items())
+    parts = {p: self.every_other.get(p, 0.*m)*b for p,m in means.items()} # times their items
+    halves = _l1(o/half for o in parts.values()) + _l1((m*size-parts[p])/(size-half) for p,m in means.items())
+    length = 2*_l1(means.values())-halves/2
+    noise,scale = (sigma*(1+1/(4*n-4)))**2,length*length.abs()
+    self.pair = Pair(scale+noise/(size/n), scale+noise/self.size_all, size/n, self.size_all)
+    self.squares,self.every_other = {},{}
+
 # %% ../nbs/06_gradients.ipynb #dce72255
-estimators = {o.name: o for o in (AccumulateEstimator, SplitEstimator, PerExampleEstimator, SequentialEstimator)}
+estimators = {o.name: o for o in (AccumulateEstimator, SplitEstimator, PerExampleEstimator, SequentialEstimator, L1Estimator)}
 
 def auto_method(
     model:nn.Module, # The model to be trained

@@ -34,7 +34,8 @@ class Search:
     at_rest:int = None # If the weights stayed as they were: the steps that had been trained before; None: they moved on
     epochs:float = None # Epochs of the training that is asked about; None: it wasn't said
     in_epochs:str = '' # What follows for them, in words
-    watched:bool = False # Was it a real training, whose losses the recorder has?
+    watched:bool = False # Was it a real training?
+    losses:list = None # Its losses, batch by batch
     window:int = 0 # Examples in the largest batch that was measured
     noise:list = field(default_factory=list) # tr Σ, smoothed
     scale:list = field(default_factory=list) # |G|², smoothed
@@ -254,7 +255,7 @@ def plot_bs_find(self:Recorder,
     search = search_of(self)
     df = search.stats.iloc[skip_start:]
     if df.empty: raise ValueError(_nothing)
-    if losses and not search.watched: raise ValueError(
+    if losses and not search.losses: raise ValueError(
         "a search is no training, so there are no losses beside it: `NoiseScaleMonitor` watches a training")
     fig,(ax,parts) = plt.subplots(1, 2, figsize=(11,4), width_ratios=(3,2), layout='constrained')
     _plot_noise_scale(ax, search, df, dict(zip(nms or (), suggestions or ())))
@@ -264,6 +265,6 @@ def plot_bs_find(self:Recorder,
     legend_above(parts)
     if losses:
         loss = ax.twinx()
-        loss.plot(range(1, len(self.losses)+1), [o.item() for o in self.losses], color='grey', alpha=.6, lw=1)
+        loss.plot(range(1, len(search.losses)+1), [o.item() for o in search.losses], color='grey', alpha=.6, lw=1)
         loss.set_ylabel('Loss')
     if return_fig: return fig

@@ -19,6 +19,10 @@ from .loaders import batch_size, check_loader, n_items
 from .profile import profile_of
 
 # %% ../nbs/15_schedule.ipynb #15a00008
+def _hand_over(a, b):
+    "The order of batches goes on where the loader `a` has left off; PyTorch's have no state of their own"
+    if a is not b and hasattr(a, 'rng'): b.rng.setstate(a.rng.getstate())
+
 class BatchSizeSchedule(Callback):
     "Let the batch size follow a schedule, by other loaders between epochs and by accumulated gradients within them"
     order,run_valid,run_mock = MixedPrecision.order-4,False,False # that of `GradientAccumulation`
@@ -44,33 +48,57 @@ class BatchSizeSchedule(Callback):
         past = [o for o in self.sched if o <= epoch]
         return self.sched[max(past)] if past else self.first
 
-    def before_fit(self): self.after_fit() # what an interrupted training left
+    def before_fit(self):
+        "Forget what an interrupted training left; the optimizer has new rates already"
+        self.lrs = None
+        self.after_fit()
 
     def after_fit(self):
         "The learner's own loader and learning rate go on from here"
-        if self.loaders: self.whole.rng.setstate(self.last.rng.getstate())
         self._reset_lr()
-        self.n_acc,self.count,self.loaders,self.whole,self.last = 0,0,{},None,None
+        self._drop()
+        if self.loaders: _hand_over(self.last, self.whole)
+        self.n_acc,self.loaders,self.whole,self.last = 0,{},None,None
 
-    def _reset_lr(self):
-        if self.lrs is None: return
-        for h,lr in zip(self.opt.hypers, self.lrs): h['lr'] = lr
-        self.lrs = None
+    def __getstate__(self): # to be exported without data
+        return vars(self) | dict(loaders={}, whole=None, last=None)
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None and getattr(self, 'learn', None): self.after_fit() # after an error
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
+
+# %% ../nbs/15_schedule.ipynb #15a00029
+@patch
+def _drop(self:BatchSizeSchedule):
+    "The gradients of an unfinished step would be added to the next one's"
+    if self.count: self.opt.zero_grad()
+    self.count = 0
+
+@patch
+def _reset_lr(self:BatchSizeSchedule):
+    "The rate without what the batch size has made of it; if it was changed meanwhile, by as much as that"
+    if self.lrs is None: return
+    (before,after),self.lrs = self.lrs,None
+    for h,a,b in zip(self.opt.hypers, before, after): h['lr'] = a if h['lr']==b else h['lr']*a/b
+
+@patch
+def after_train(self:BatchSizeSchedule):
+    "After the validation, others may look at the rate and change it"
+    self._reset_lr()
 
 # %% ../nbs/15_schedule.ipynb #15a00009
 @patch
 def before_train(self:BatchSizeSchedule):
     "A loader for this epoch"
     if not self.loaders: self._begin()
-    bs = max(1, min(self._size(self.due(self.epoch/self.n_epoch, self.epoch)), self.most))
-    if bs not in self.loaders: self.loaders[bs] = self.whole.with_bs(bs)
+    bs = self._loader_bs(self.due(self.epoch/self.n_epoch, self.epoch))
+    if bs not in self.loaders:
+        check_loader(self.whole, 1)
+        self.loaders[bs] = self.whole.with_bs(bs)
     dl = self.loaders[bs]
-    if dl is not self.last: dl.rng.setstate(self.last.rng.getstate())
-    self.learn.dl,self.last,self.bs,self.count = dl,dl,bs,0
+    _hand_over(self.last, dl)
+    self._drop()
+    self.learn.dl,self.last,self.bs = dl,dl,bs
 
 @patch
 def _begin(self:BatchSizeSchedule):
@@ -78,11 +106,17 @@ def _begin(self:BatchSizeSchedule):
     dl = self.learn.dls.train
     others = [type(o).__name__ for o in self.learn.cbs if accumulates(o) and o is not self]
     if others: raise ValueError(f"{others[0]} and {type(self).__name__} both say of how many items a step is: remove one of them")
-    check_loader(dl, 1)
     self.first,self.n = batch_size(dl),n_items(dl)
+    if self.first is None: check_loader(dl, 1)
+    self.is_sum = getattr(self.learn.loss_func, 'reduction', 'mean')=='sum'
     self.most = self.max_bs or profile_of(self.learn.recorder).largest_fit or math.inf
-    self.loaders,self.whole,self.last,self.history,self.start = {self.first: dl},dl,dl,[],None
+    self.loaders,self.whole,self.last,self.history = {self.first: dl},dl,dl,[]
+    self.start = self._step_size(self.due(0., 0), self._loader_bs(self.due(0., 0))) # also where it is resumed later
 
+@patch
+def _loader_bs(self:BatchSizeSchedule, due): return max(1, min(self._size(due), self.most))
+@patch
+def _step_size(self:BatchSizeSchedule, due, bs): return bs*max(1, round(self._size(due)/bs))
 @patch
 def _size(self:BatchSizeSchedule, bs):
     if not (is_number(bs) and bs >= 1): raise ValueError(f"a batch has at least one item, and the schedule says {bs!r}")
@@ -94,21 +128,20 @@ def before_batch(self:BatchSizeSchedule):
     "A step begins: how many items will it have?"
     self._reset_lr()
     if self.count: return
-    due = self._size(self.due(self.pct_train, self.epoch))
-    self.n_acc = self.bs*max(1, round(due/self.bs))
+    self.n_acc = self._step_size(self.due(self.pct_train, self.epoch), self.bs)
 
 @patch
 def after_loss(self:BatchSizeSchedule):
-    if self.n_acc > self.bs: self.learn.loss_grad *= find_bs(self.learn.yb)/self.n_acc
+    "The mean over a step's items is made of parts; a sum is the sum of its parts as it is"
+    if self.n_acc > self.bs and not self.is_sum: self.learn.loss_grad *= find_bs(self.learn.yb)/self.n_acc
 
 @patch
 def before_step(self:BatchSizeSchedule):
     "Hold the optimizer back until the batch is complete, and move the learning rate with it"
     several = self.n_acc > self.bs
-    if several: self.learn.loss_grad *= self.n_acc/find_bs(self.learn.yb) # log the loss as it is
     self.count += find_bs(self.learn.yb)
     if several and self.count < self.n_acc and self.iter < self.n_iter-1: raise CancelBatchException()
-    if several and self.count!=self.n_acc: # the end of an epoch
+    if several and self.count!=self.n_acc and not self.is_sum: # the end of an epoch
         torch._foreach_mul_([p.grad for p,*_ in self.opt.all_params(with_grad=True)], self.n_acc/self.count)
     self._move_lr()
     self.history.append((self.train_iter, self.count)) # batches before this one, items
@@ -117,8 +150,8 @@ def before_step(self:BatchSizeSchedule):
 @patch
 def _move_lr(self:BatchSizeSchedule):
     "For this step, the learning rate that goes with its batch"
-    self.start = self.start or self.n_acc
     factor = (self.n_acc/self.start)**self.lr_power
     if factor==1: return
-    self.lrs = [h['lr'] for h in self.opt.hypers]
-    for h in self.opt.hypers: h['lr'] = h['lr']*factor
+    before = [h['lr'] for h in self.opt.hypers]
+    self.lrs = before,[o*factor for o in before]
+    for h,lr in zip(self.opt.hypers, self.lrs[1]): h['lr'] = lr

@@ -142,7 +142,7 @@ class RecentNoiseScale(RunningNoiseScale):
         n_examples:float=1 # Examples that the measurement was made from: its weight
     ):
         "Take in one measurement, and find out how far to look back"
-        self.rows = self.rows[1-self.most:] + [(n_iter, noise, scale, n_examples)]
+        self.rows = (self.rows+[(n_iter, noise, scale, n_examples)])[-self.most:]
         n,low,high = min(8, len(self.rows)),0.,math.inf
         while True:
             noise,scale,weights = last = self._last(n)

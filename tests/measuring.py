@@ -1,8 +1,8 @@
 "Small learners, and the exact noise and scale that a search has to find."
-import math, tempfile
+import math, random, tempfile
 from functools import partial
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
@@ -12,6 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import params, set_seed
 from torch import nn
+from fastai_bs_finder.all import *
 from helpers import digits, weights
 
 methods = ['accumulate','split'] # those that are meant for users, and unbiased
@@ -115,3 +116,27 @@ def assert_close(got, want, tol=.1):
 
 def assert_far(a, b, tol=.2):
     assert any(abs(o/p-1) > tol for o,p in zip(a, b)), f'{a} and {b} are too much alike for the test to tell'
+
+# --- what is watched
+
+def trained(make, cbs=(), epochs=2, monitor=None, seed=0):
+    "All that a training leaves behind"
+    set_seed(seed, reproducible=True)
+    learn = make()
+    learn.add_cbs([o() for o in cbs])
+    learn.dls.train.rng = random.Random(seed)
+    with learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=monitor)
+    chance = torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist(),learn.dls.train.rng.getstate()
+    n = len(learn.recorder.metrics)+2
+    return learn,dict(
+        weights=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), losses=learn.recorder.losses, lrs=learn.recorder.lrs,
+        values=[list(o)[:n] for o in learn.recorder.values], chance=chance)
+
+def standing(make=learner, cbs=(), n=30, every=1, **kwargs):
+    "Noise and scale, averaged over epochs at weights that stand still"
+    learn,monitor = make(**kwargs),NoiseScaleMonitor(every=every)
+    monitor.running.most = math.inf
+    monitor.running.add = lambda *row: monitor.running.rows.append(row) or setattr(monitor.running, 'n', 1)
+    with learn.no_logging(): learn.fit(n, 1e-12, cbs=[monitor, *cbs])
+    rows = np.array(monitor.running.rows)
+    return learn,tuple(np.average(rows[:,1:3], axis=0, weights=rows[:,3]))

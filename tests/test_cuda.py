@@ -1,12 +1,17 @@
 "The same on a GPU, where there is one."
-import gc
+import gc, random
 from copy import deepcopy
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import Learner
+from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
-from torch import Tensor
-from helpers import make_learner
+from torch import Tensor, nn
+from fastai_bs_finder.all import *
+from helpers import make_learner, plain_learner, same
+from measuring import standing, trained
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 
@@ -93,3 +98,59 @@ def test_recipe_on_the_gpu(tmp_path, half):
     assert all(torch.equal(p, w) for p,w in zip(learn.model.parameters(), weights))
     learn.remove_cb(Greedy)
     assert learn.lr_race(bs=16, seconds=10, show_plot=False).lr > 0
+
+# --- what is watched, and what grows
+
+precisions = dict(full=lambda o: o, half=Learner.to_fp16, brain=Learner.to_bf16)
+def on_gpu(make, precision='full'):
+    learn = make()
+    learn.dls.to('cuda')
+    return precisions[precision](learn)
+
+@pytest.mark.parametrize('precision', precisions)
+@pytest.mark.parametrize('cbs', [[], [lambda: GradientAccumulation(150)]])
+def test_a_watched_training_is_the_same(precision, cbs):
+    "Bit for bit, CUDA's random state too"
+    def run(monitor):
+        learn,res = trained(lambda: on_gpu(make_learner, precision), cbs, monitor=monitor)
+        return learn,res | dict(cuda=torch.cuda.get_rng_state())
+    _,without = run(None)
+    learn,got = run(NoiseScaleMonitor(every=1))
+    assert same(without, got)
+    stats = learn.recorder.bs_find_stats
+    assert len(stats) >= 5 and (stats.noise > 0).all()
+
+@pytest.mark.parametrize('precision', ['half','brain'])
+@pytest.mark.parametrize('cbs', [[], [GradientAccumulation(128)]])
+def test_watched_in_half_precision(precision, cbs):
+    "Noise and scale are those in full precision"
+    full,other = (standing(lambda: on_gpu(plain_learner, o), cbs, n=10)[1] for o in ('full',precision))
+    assert np.allclose(np.divide(other, full), 1, atol=.05)
+
+def test_memory_of_watching():
+    "At most one copy of the gradients"
+    def wide(): return plain_learner(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 50_000), nn.Linear(50_000, 10)))
+    def peak(cbs):
+        gc.collect()
+        torch.cuda.empty_cache()
+        learn = on_gpu(wide)
+        torch.cuda.reset_peak_memory_stats()
+        with learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
+        return torch.cuda.max_memory_allocated(),4*sum(p.numel() for p in learn.model.parameters())
+    (without,copy),(got,_) = peak([]),peak([NoiseScaleMonitor(every=1)])
+    assert got-without < 1.02*copy
+
+@pytest.mark.parametrize('precision', precisions)
+def test_a_growing_batch_on_the_gpu(precision):
+    "Accumulated it trains as with the whole batch at once, whatever the scaler does, and clipping comes after"
+    def run(max_bs):
+        set_seed(0)
+        learn = on_gpu(lambda: plain_learner(n=1280, opt_func=SGD), precision)
+        learn.dls.train.rng = random.Random(0)
+        schedule = BatchSizeSchedule({0:64, 1:256}, max_bs=max_bs)
+        with learn.no_logging(): learn.fit(3, .1, cbs=[schedule, GradientClip(.5)])
+        return [n for _,n in schedule.history],[p.detach() for p in learn.model.parameters()]
+    (parts,a),(whole,b) = run(64),run(None)
+    assert parts==whole==[64]*20+[256]*10
+    tol = dict(full=1e-4, half=3e-3, brain=3e-2)[precision]
+    assert all(torch.allclose(o, p, atol=tol) for o,p in zip(a, b))

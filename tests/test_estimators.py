@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from fastai_bs_finder.all import BSFinder
 from fastai_bs_finder.gradients import Estimator, estimators, get_estimator, sq_norm
 from fastai_bs_finder.stats import noise_and_scale
-from helpers import limited, plain_learner, same, search, weights
-from measuring import by_batches, Grads
+from helpers import digits, limited, plain_learner, same, search, weights
+from measuring import by_batches, deep, Grads, learner, measure, singles
 
 # --- the optimizer's steps
 
@@ -202,6 +202,25 @@ def test_per_example_says_what_it_cannot_do():
 def test_per_example_refuses_losses_that_are_no_mean(loss):
     with pytest.raises(ValueError, match="the mean of the losses of single examples.*Use method='accumulate'"):
         search(plain_learner(loss=loss), method='per_example')
+
+# --- sums of absolute values
+
+def frozen_half():
+    res = deep()
+    res[1].requires_grad_(False)
+    return res
+
+def l1_learner(**kwargs): return learner(items=digits()[:1024], **kwargs)
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(loss=CrossEntropyLossFlat(reduction='sum')), dict(bs=15), dict(model=frozen_half), dict(model=deep)])
+def test_l1_is_right(kwargs):
+    "Both sums, against the gradients of single items; batches that differ in size, sums, frozen layers"
+    kwargs = dict(bs=16, drop_last=False) | kwargs
+    learn = l1_learner(**kwargs)
+    got = measure(learn, 'l1', num_it=640, n_batch=20)
+    g = singles(l1_learner(**{k: v for k,v in kwargs.items() if k!='loss'}))
+    assert np.allclose(np.divide(got, [g.std(0).sum()**2,g.mean(0).abs().sum()**2]), 1, atol=.1)
 
 # --- a new one
 

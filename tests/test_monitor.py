@@ -1,9 +1,9 @@
 "The monitor: a training with it is the one without it, bit for bit, and what it says is right."
-import math, pickle, random, time
+import json, math, random, time
 
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import *
@@ -20,22 +20,9 @@ from fastai_bs_finder import monitor as module
 from fastai_bs_finder.all import *
 from fastai_bs_finder.monitor import Budget, Window
 from helpers import digits, make_learner, plain_learner, same, search, small_table
-from measuring import assert_close, exact, learner
+from measuring import assert_close, exact, learner, standing, trained
 
 columns = ['noise','scale','noise_scale','lower','upper']
-
-def trained(make, cbs=(), epochs=2, monitor=None, seed=0):
-    "All that a training leaves behind"
-    set_seed(seed, reproducible=True)
-    learn = make()
-    learn.add_cbs([o() for o in cbs])
-    learn.dls.train.rng = random.Random(seed)
-    with learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=monitor)
-    chance = torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist(),learn.dls.train.rng.getstate()
-    n = len(learn.recorder.metrics)+2
-    return learn,dict(
-        weights=dict(learn.model.state_dict()), opt=learn.opt.state_dict(), losses=learn.recorder.losses, lrs=learn.recorder.lrs,
-        values=[list(o)[:n] for o in learn.recorder.values], chance=chance)
 
 def twice(x): return torch.cat([x,x], 1)
 
@@ -65,13 +52,32 @@ def checkpointed():
         def forward(self, x): return self.b(torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=False))
     return plain_learner(model=Saves())
 
+def batch_norm_checkpointed():
+    "Its batch norm counts in the backward pass, too, where the forward pass is made anew"
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.BatchNorm1d(32)),nn.Linear(32,10)
+        def forward(self, x): return self.b(torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=False))
+    return plain_learner(model=Saves())
+class Centred(nn.Module):
+    "A loss with a running mean"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('centre', torch.zeros(10))
+    def forward(self, pred, y):
+        self.centre += .1*(pred.detach().mean(0)-self.centre)
+        return nn.functional.cross_entropy(pred-self.centre, y)
+def counting_loss(): return plain_learner(loss=Centred())
+
 makers = dict(
     plain=make_learner, metrics=lambda: make_learner(metrics=accuracy), workers=lambda: make_learner(num_workers=1),
     sgd=lambda: make_learner(opt_func=SGD),
     torch_opt=lambda: make_learner(opt_func=lambda p, **kw: OptimWrapper(p, torch.optim.AdamW)),
     sums=lambda: plain_learner(loss=CrossEntropyLossFlat(reduction='sum')),
     smooth=lambda: plain_learner(loss=LabelSmoothingCrossEntropyFlat()),
-    buffers=counting, lstm=recurrent, checkpoint=checkpointed)
+    buffers=counting, lstm=recurrent, checkpoint=checkpointed, checkpoint_bn=batch_norm_checkpointed,
+    loss_buffer=counting_loss)
 callbacks = dict(
     none=[], mixup=[MixUp], cutmix=[CutMix], clip=[lambda: GradientClip(.1)], accumulate=[lambda: GradientAccumulation(150)],
     both=[MixUp, lambda: GradientAccumulation(256), lambda: GradientClip(.1)], one_by_one=[lambda: GradientAccumulation(64)])
@@ -87,15 +93,6 @@ def test_bit_for_bit(maker, cbs):
     assert len(stats) >= (5 if 'cc' in cbs or cbs=='both' else 40) and (stats.noise > 0).all()
     assert not any(p._backward_hooks for p in learn.model.parameters())
 
-def standing(make=learner, cbs=(), n=30, every=1, **kwargs):
-    "Noise and scale, averaged over epochs at weights that stand still"
-    learn,monitor = make(**kwargs),NoiseScaleMonitor(every=every)
-    monitor.running.most = math.inf
-    monitor.running.add = lambda *row: monitor.running.rows.append(row) or setattr(monitor.running, 'n', 1)
-    with learn.no_logging(): learn.fit(n, 1e-12, cbs=[monitor, *cbs])
-    rows = np.array(monitor.running.rows)
-    return learn,tuple(np.average(rows[:,1:3], axis=0, weights=rows[:,3]))
-
 @pytest.mark.parametrize('kwargs', [dict(), dict(bs=7), dict(loss=CrossEntropyLossFlat(reduction='sum')), dict(bs=2)])
 def test_is_right(kwargs):
     "Noise and scale of a batch drawn from 128 items, against the gradients of single items; odd batches and sums, too"
@@ -110,6 +107,25 @@ def test_accumulated_gradients_are_right(n_acc, loss):
     learn,got = standing(cbs=[GradientAccumulation(n)], n=60, loss=loss)
     assert learn.recorder.search.window==n_acc and learn.recorder.search.micro_bs==8 and learn.recorder.search.train_bs==n_acc
     assert_close(got, exact(learner()), tol=.15)
+
+@pytest.mark.parametrize('every', [2,3,4,8,13])
+def test_every_so_many_batches_where_several_make_a_step(every):
+    "With the step that begins then, at the latest with the next one"
+    learn = plain_learner()
+    with learn.no_logging(): learn.fit(3, 1e-3, cbs=[GradientAccumulation(256), NoiseScaleMonitor(every=every)])
+    n,began = len(learn.recorder.bs_find_stats),66//(max(every, 4)+3)
+    assert began <= n <= 66/max(every, 4)
+
+def test_where_several_make_a_step_only_windows_count(monkeypatch):
+    "Also where time for a measurement is found after the first of them has begun"
+    learn,state = plain_learner(),[]
+    class Late(Callback):
+        order = 99
+        def before_batch(self): state.append(1)
+        def after_batch(self): state.clear()
+    monkeypatch.setattr(NoiseScaleMonitor, 'due', lambda self: bool(state))
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[GradientAccumulation(256), NoiseScaleMonitor(every=1), Late()])
+    assert not len(learn.recorder.bs_find_stats)
 
 def test_clipping_comes_later():
     _,plain = standing(n=5)
@@ -177,7 +193,10 @@ def test_a_picture_and_a_table():
     with learn.no_logging(): learn.fit_one_cycle(3, 1e-3, cbs=NoiseScaleMonitor(every=1))
     fig = learn.recorder.plot_bs_find(losses=True, return_fig=True)
     lines = {o.get_ylabel(): o.lines for o in fig.axes}
-    assert len(lines['Loss'][0].get_xdata())==len(learn.recorder.losses)
+    assert len(lines['Loss'][0].get_xdata())==len(learn.recorder.losses)==66
+    with learn.no_logging(): learn.fit(1, 1e-3), learn.validate() # not watched, so the picture stays what it was
+    fig = learn.recorder.plot_bs_find(losses=True, return_fig=True)
+    assert len({o.get_ylabel(): o.lines for o in fig.axes}['Loss'][0].get_xdata())==66
     table = learn.recorder.bs_table()
     assert 64 in table.index and table.lr[64]==pytest.approx(1e-3, rel=.01)
     assert 'critical batch size' in learn.recorder.bs_find_summary()
@@ -194,12 +213,22 @@ def test_keeps_to_its_budget():
     learn,monitor = make_learner(),NoiseScaleMonitor(cost=.1)
     with learn.no_logging(): learn.fit(8, 1e-3, cbs=monitor)
     b = monitor.budget
-    assert b.spent <= .1*(time.perf_counter()-b.began-b.spent)+b.last and len(learn.recorder.noise) > 1
+    assert b.spent <= .1*(b.elapsed-b.spent)+b.last and len(learn.recorder.noise) > 1
+
+def test_validations_are_no_time_of_the_training():
+    class Slow(Callback):
+        run_train,n = False,0
+        def after_pred(self): self.n += 1; time.sleep(.05)
+    learn,monitor,slow = plain_learner(),NoiseScaleMonitor(),Slow()
+    start = time.perf_counter()
+    with learn.no_logging(): learn.fit(2, 1e-3, cbs=[monitor, slow])
+    assert slow.n and monitor.budget.elapsed < time.perf_counter()-start-slow.n*.05
 
 def test_a_budget_measures(monkeypatch):
     now = [0.]
     monkeypatch.setattr(module.time, 'perf_counter', lambda: now[0])
     budget = Budget(.1)
+    budget.go()
     def measure():
         budget.begin()
         for o in (1.,2.):
@@ -233,7 +262,37 @@ class OnceModel(nn.Module):
     def forward(self, x): return Once.apply(self.head(x.flatten(1)))
 def once(): return plain_learner(model=OnceModel())
 
-@pytest.mark.parametrize('make,why', [(total, 'those of a batch of 64 items have the first dimensions'), (once, 'only once')])
+class Two(nn.Module):
+    "Two predictions, one of them computed from the other"
+    def __init__(self): super().__init__(); self.body,self.head = nn.Linear(64,10),nn.Linear(10,10)
+    def forward(self, x):
+        res = self.body(x.flatten(1))
+        return res,self.head(res)
+def two_losses(pred, y): return nn.functional.cross_entropy(pred[1], y)+.5*pred[0].square().mean()
+def two(): return plain_learner(model=Two(), loss=two_losses)
+class Turned(nn.Module):
+    "Time comes first, then the items"
+    def __init__(self): super().__init__(); self.head = nn.Linear(8, 10)
+    def forward(self, x): return self.head(x.squeeze(1).transpose(0, 1))
+def turned(): return plain_learner(model=Turned(), loss=lambda pred, y: nn.functional.cross_entropy(pred.mean(0), y))
+def unconnected():
+    learn = plain_learner()
+    learn.loss_func = lambda pred, y: sum(p.square().sum() for p in learn.model.parameters())
+    return learn
+class Scales(nn.Module):
+    "Has a part that is called as fastai calls what scales losses"
+    def __init__(self): super().__init__(); self.scaler,self.head = nn.Identity(),nn.Linear(64,10)
+    def forward(self, x): return self.head(self.scaler(x.flatten(1)))
+
+def test_names_of_models_are_theirs():
+    learn,got = trained(lambda: plain_learner(model=Scales()), monitor=NoiseScaleMonitor(every=1))
+    assert len(learn.recorder.bs_find_stats) > 40
+    search(learn)
+    assert len(learn.recorder.bs_find_stats)==3
+
+@pytest.mark.parametrize('make,why', [
+    (total, 'those of a batch of 64 items have the first dimensions'), (once, 'only once'),
+    (two, 'times as long as that of the training'), (turned, r'the first dimensions \[8\]'), (unconnected, "the loss doesn't depend on the predictions")])
 def test_training_goes_on(make, why):
     "Without us, bit for bit, and the reason is told once"
     _,without = trained(make)
@@ -270,7 +329,15 @@ class Skips(Callback):
     def maybe(self):
         if self.training and self.train_iter%3==0: raise CancelBatchException()
 
-@pytest.mark.parametrize('event,order', [('before_batch',0), ('after_loss',0), ('before_backward',99), ('after_backward',99), ('before_step',0)])
+def test_no_backward_pass():
+    class Skip(Callback):
+        order = -60
+        def before_backward(self): raise CancelBackwardException()
+    learn,got = trained(makers['plain'], [Skip], monitor=NoiseScaleMonitor(every=1))
+    assert same(got, trained(makers['plain'], [Skip])[1]) and not len(learn.recorder.bs_find_stats)
+
+@pytest.mark.parametrize('event,order', [
+    ('before_batch',0), ('after_loss',0), ('before_backward',99), ('after_backward',99), ('before_step',0)])
 def test_cancelled_batches(event, order):
     "What they leave in the gradients is not taken for the next batch's"
     cbs = [lambda: Skips(event, order)]
@@ -304,28 +371,42 @@ def test_searches_leave_it_out():
 def test_export(tmp_path):
     "A learner that has one is exported as others are"
     df = small_table()
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names='kind', cont_names=['a','b'], y_names='y', bs=32)
+    procs = [Categorify,FillMissing,Normalize]
+    dls = TabularDataLoaders.from_df(df, procs=procs, cat_names='kind', cont_names=['a','b'], y_names='y', bs=32)
     learn = tabular_learner(dls, layers=[8], path=tmp_path, cbs=NoiseScaleMonitor(every=1))
     with learn.no_logging(), learn.no_bar(): learn.fit(1, 1e-3)
     learn.export('x.pkl')
     with learn.no_bar(): expected = learn.predict(df.iloc[0])[2]
     again = load_learner(tmp_path/'x.pkl')
     with again.no_bar(): assert torch.equal(again.predict(df.iloc[0])[2], expected)
-    assert again.noise_scale_monitor.running.rows==learn.noise_scale_monitor.running.rows!=[]
+    before = learn.noise_scale_monitor.running.rows
+    assert again.noise_scale_monitor.running.rows==before!=[]
+    again.dls = dls
+    with again.no_logging(), again.no_bar(): again.fit(1, 1e-3)
+    rows = again.noise_scale_monitor.running.rows
+    assert rows[:len(before)]==before and len(rows) > len(before)
 
-def test_goes_on_in_another_session():
-    "A training that was saved and resumed has the same averages"
-    def fit(learn, monitor, **kwargs):
-        with learn.no_logging(): learn.fit(2, 1e-3, cbs=monitor, **kwargs)
-    a = NoiseScaleMonitor(every=3)
-    learn = make_learner()
-    fit(learn, a)
-    state = pickle.loads(pickle.dumps(a.state_dict()))
-    b = NoiseScaleMonitor(every=3)
-    b.load_state_dict(state)
-    fit(make_learner(), b)
-    fit(learn, a)
-    assert b.n_seen==a.n_seen==88 and len(b.running.rows)==len(a.running.rows)==28
+def test_goes_on_in_another_session(tmp_path):
+    "A training that was saved and resumed has the same averages, to the last bit"
+    def fit(learn, monitor):
+        with learn.no_logging(): learn.fit(2, 1e-3, cbs=monitor, reset_opt=False)
+        return learn
+    def run(again):
+        set_seed(0, reproducible=True)
+        learn,a = plain_learner(path=tmp_path),NoiseScaleMonitor(every=3)
+        learn.dls.train.rng = random.Random(0)
+        fit(learn, a).save('x')
+        order = learn.dls.train.rng.getstate()
+        if again:
+            state = json.loads(json.dumps(a.state_dict()))
+            learn,a = plain_learner(path=tmp_path).load('x'),NoiseScaleMonitor(every=3)
+            a.load_state_dict(state)
+        learn.dls.train.rng.setstate(order)
+        return fit(learn, a),a
+    (learn,a),(other,b) = run(False),run(True)
+    assert same([*learn.model.parameters()], [*other.model.parameters()])
+    assert a.n_seen==b.n_seen==88 and len(a.running.rows)==28 and a.running.rows==b.running.rows
+    assert a.running.means()==b.running.means()
 
 def test_no_memory_is_kept():
     learn = make_learner()

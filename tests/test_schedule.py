@@ -1,14 +1,19 @@
 "Batch sizes that follow a schedule: steps are made of as many items as are due, and all else stays as it is."
-import math, random
+import math, pickle, random
 
 import numpy as np, pytest, torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.data.core import DataLoaders
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
 from fastai_bs_finder.all import *
-from helpers import make_learner, plain_learner, same, search
+from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.torch_core import set_seed
+from helpers import make_learner, plain_learner, same, search, small_table
 
 class Steps(Callback):
     "Progress, items, rate and gradient of each step"
@@ -81,6 +86,28 @@ def test_end_of_an_epoch():
     got,want = first(lambda p: 64 if p < 0 else 1000, max_bs=64),first({0:192})
     assert got[2]==192 and torch.allclose(got[4], want[4], atol=1e-6)
 
+@pytest.mark.parametrize('n', [192,160])
+def test_sums_are_sums(n):
+    "Accumulated, a loss that adds up its items has the gradient of all of them"
+    def first(**kwargs):
+        learn = plain_learner(n=n, loss=CrossEntropyLossFlat(reduction='sum'))
+        learn.dls.train.rng = random.Random(0)
+        return fit({0:160}, learn, epochs=1, **kwargs)[2].rows[0]
+    whole,parts = first(),first(max_bs=32)
+    assert whole[2]==parts[2]==160 and torch.allclose(whole[4], parts[4], rtol=1e-4, atol=1e-4)
+
+def test_what_an_epoch_leaves():
+    "The gradients of a step that its end, or somebody, has cut off are not added to the next one"
+    class Short(Callback):
+        def after_batch(self):
+            if self.training and self.iter==5: raise CancelTrainException()
+    learn = plain_learner()
+    learn.dls.train.shuffle = False
+    _,_,cut = fit({0:256}, learn, epochs=2, lr=0., max_bs=64, cbs=[Short()])
+    assert [o[2] for o in cut.rows]==[256,384] # the first two batches of these belong to no step
+    assert torch.allclose(cut.rows[0][4], cut.rows[1][4], atol=1e-7)
+    assert all((p.grad is None) or not p.grad.any() for p in learn.model.parameters())
+
 def test_losses_are_logged_as_they_are():
     losses = [fit({0:o}, epochs=1, lr=1e-12, max_bs=64)[0].recorder.losses for o in (64,256)]
     assert np.allclose(*losses, rtol=1e-4)
@@ -96,6 +123,17 @@ def test_learning_rate(how, power):
         full = {64:64, 128:128}.get(b[2], 512) # the last step of an epoch may have fewer items
         if b[1] < .25: full = 64
         assert a[:3]==b[:3] and a[3]==pytest.approx(b[3]*(full/64)**power)
+
+def test_who_else_changes_the_rate():
+    "What others make of it between epochs stays, and comes on top"
+    class Halves(Callback):
+        def after_epoch(self):
+            for h in self.opt.hypers: h['lr'] /= 2
+    rates = [o[3] for o in fit({0:64, 1:256}, lr_power=.5, cbs=[Halves()])[2].rows]
+    assert sorted({round(o, 9) for o in rates}, reverse=True)==[1e-3, .5e-3, .25e-3]
+    learn = plain_learner()
+    fit({0:64, 1:256}, learn, lr_power=.5, cbs=[Halves()])
+    assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-3/16)
 
 def test_progress_and_everything_that_goes_by_it():
     learn,cb,steps = fit({0:32, 1:64, 2:256}, make_learner(), epochs=3, fit='fit_one_cycle')
@@ -120,10 +158,63 @@ def test_start_epoch():
     with learn.no_logging(): learn.fit(4, 1e-3, start_epoch=2, cbs=[BatchSizeSchedule({0:64, 2:256}), again])
     assert [o[:3] for o in again.rows]==[o[:3] for o in steps.rows if o[0] >= 2]
 
+@pytest.mark.parametrize('how', ['fit','fit_one_cycle'])
+def test_resumed(how, tmp_path):
+    "Saved after two epochs and resumed, it ends with the same bits: batches, rates, accumulation"
+    def run(first, then):
+        set_seed(0)
+        learn = make_learner(tmp_path)
+        learn.dls.train.rng = random.Random(0)
+        rows = []
+        for start,end in (first,then):
+            cb = BatchSizeSchedule({0:32, 1:64, 2:160, 3:512}, lr_power=.5, max_bs=128)
+            class Ends(Callback):
+                def before_epoch(self):
+                    if self.epoch==end: raise CancelFitException()
+            kwargs = dict(start_epoch=start) | (dict(reset_opt=False) if start else {})
+            with learn.no_logging(): getattr(learn, how)(4, 1e-3, cbs=[cb, Ends()], **kwargs)
+            rows += [n for _,n in cb.history]
+            learn.save('x')
+            rng,order = torch.get_rng_state(),learn.dls.train.rng.getstate()
+            learn = make_learner(tmp_path).load('x')
+            torch.set_rng_state(rng)
+            learn.dls.train.rng.setstate(order)
+        return rows,[*learn.model.parameters()]
+    (a,w),(b,v) = run((0,2), (2,4)),run((0,4), (4,4))
+    assert a==b and same(w, v)
+
+def test_export(tmp_path):
+    "A learner that keeps one is exported as others are, and goes on with it"
+    df = small_table()
+    procs = [Categorify,FillMissing,Normalize]
+    dls = TabularDataLoaders.from_df(df, procs=procs, cat_names='kind', cont_names=['a','b'], y_names='y', bs=16)
+    learn = tabular_learner(dls, layers=[8], path=tmp_path, cbs=BatchSizeSchedule({0:16, 1:64}))
+    with learn.no_logging(), learn.no_bar(): learn.fit(2, 1e-3)
+    learn.export('x.pkl')
+    with learn.no_bar(): expected = learn.predict(df.iloc[0])[2]
+    again = load_learner(tmp_path/'x.pkl')
+    with again.no_bar(): assert torch.equal(again.predict(df.iloc[0])[2], expected)
+    again.dls = dls
+    with again.no_logging(), again.no_bar(): again.fit(2, 1e-3)
+    assert [n for _,n in again.batch_size_schedule.history][-1]==64
+
 def test_fine_tune_and_clipping():
     learn = plain_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())], metrics=accuracy)
-    with learn.no_logging(): learn.fine_tune(2, 1e-3, cbs=[BatchSizeSchedule(SchedExp(64, 512), lr_power=.5), GradientClip(.1)])
-    assert learn.dls.train.bs==64
+    learn.add_cb(BatchSizeSchedule(SchedExp(64, 512), lr_power=.5))
+    with learn.no_logging(): learn.fine_tune(2, 1e-3, cbs=GradientClip(.1))
+    history = learn.batch_size_schedule.history
+    assert history[0][1]==64 and history[-1][1] > 256 # the second of two fits has gone through all of it, too
+
+def test_pytorch_loaders():
+    "Can't be made anew, so all is accumulated; without max_bs that is said"
+    def torch_learner():
+        learn = plain_learner()
+        items = [(torch.as_tensor(x), int(y)) for x,y in learn.dls.train_ds[:1408]]
+        learn.dls = DataLoaders(*(torch.utils.data.DataLoader(items, batch_size=64) for _ in range(2)))
+        return learn
+    _,_,steps = fit({0:64, 1:192}, torch_learner(), epochs=2, max_bs=64)
+    assert sizes(steps, 0)==[64]*22 and sizes(steps, 1)==[192]*7+[64]
+    with pytest.raises(ValueError, match='DataLoader'): fit({0:64, 1:192}, torch_learner(), epochs=2)
 
 class Stop(Callback):
     order = 80
@@ -136,13 +227,17 @@ class Stop(Callback):
 def test_interrupts(error, stays):
     "The learner has its loader again; where the callback stays on it after an error, with the next training at the latest"
     learn = plain_learner()
-    dl,cb = learn.dls.train,BatchSizeSchedule({0:64, 1:128})
+    dl,cb = learn.dls.train,BatchSizeSchedule({0:64, 1:128}, lr_power=2)
     if stays: learn.add_cb(cb)
     try:
         with learn.no_logging(): learn.fit(3, 1e-3, cbs=[Stop(error)]+[cb]*(not stays))
     except (KeyboardInterrupt,ValueError): pass
-    if stays: learn.remove_cb(cb)
     assert learn.dls.train is dl
+    steps = Steps()
+    with learn.no_logging(): learn.fit(2, 1e-5, cbs=steps)
+    assert {o[2] for o in steps.rows}==({64,128} if stays else {64})
+    assert {o[3] for o in steps.rows}==({1e-5,4e-5} if stays else {1e-5})
+    assert not vars(pickle.loads(pickle.dumps(cb)) if not stays else cb)['loaders']
 
 @pytest.mark.parametrize('kwargs,why', [
     (dict(sched=64), 'sched must be'), (dict(sched={}), 'sched must be'), (dict(sched={0:64}, lr_power='x'), 'lr_power must be'),
@@ -151,7 +246,8 @@ def test_refuses(kwargs, why):
     with pytest.raises(ValueError, match=why): BatchSizeSchedule(**kwargs)
 
 @pytest.mark.parametrize('sched,cbs,why', [
-    ({0:0}, [], 'at least one item'), (lambda p: math.nan, [], 'at least one item'), ({0:64}, [GradientAccumulation(128)], 'remove one of them')])
+    ({0:0}, [], 'at least one item'), (lambda p: math.nan, [], 'at least one item'),
+    ({0:64}, [GradientAccumulation(128)], 'remove one of them')])
 def test_refuses_in_a_training(sched, cbs, why):
     learn = plain_learner()
     dl = learn.dls.train
