@@ -7,6 +7,7 @@ __all__ = ['reduction', 'n_tokens']
 
 # %% ../nbs/05_losses.ipynb #cd54329f
 import math
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from warnings import warn
@@ -15,7 +16,16 @@ from torch import Tensor
 from fastai.torch_core import apply
 from .callbacks import is_installed
 from .loaders import items_of, tensors, twice
-from .state import saved_random_state
+from .state import Saved, saved_random_state
+
+# %% ../nbs/05_losses.ipynb #05a00001
+@contextmanager
+def _unchanged(loss_func):
+    "A loss may count, or average; it is called beside the training here"
+    saved = Saved()
+    saved.add(loss_func)
+    try: yield
+    finally: saved.restore()
 
 # %% ../nbs/05_losses.ipynb #c7939e84
 def _said(loss_func):
@@ -51,7 +61,7 @@ def reduction(
     try:
         n = items_of((pred,yb), n)
         if not any(n in t.shape for t in tensors(pred)): return said # the model has its own loss, say
-        with torch.enable_grad(), saved_random_state():
+        with torch.enable_grad(), saved_random_state(), _unchanged(loss_func):
             once,doubled = (_pull(loss_func, p, y) for p,y in ((pred,yb), (twice(pred, n),twice(tuple(yb), n))))
         times = float(2*doubled/once) # 1 for a mean, 4 for a sum
     except Exception: return said

@@ -16,6 +16,7 @@ from fastai.torch_core import find_bs
 from .stats import is_number, is_whole
 from .callbacks import accumulates
 from .loaders import batch_size, check_loader, n_items
+from .losses import reduction
 from .profile import profile_of
 
 # %% ../nbs/15_schedule.ipynb #15a00008
@@ -37,7 +38,7 @@ class BatchSizeSchedule(Callback):
         if max_bs is not None and not (is_whole(max_bs) and max_bs >= 1): raise ValueError(
             f"max_bs must be a whole number, at least 1, or None, got {max_bs!r}")
         self.sched,self.lr_power,self.max_bs = sched,lr_power,max_bs
-        self.n_acc,self.count,self.loaders,self.lrs,self.history = 0,0,{},None,[]
+        self.n_acc,self.bs,self.count,self.loaders,self.whole,self.lrs,self.history = 0,0,0,{},None,None,[]
 
     def due(self,
         pct:float, # Progress of the training, 0 to 1
@@ -49,8 +50,8 @@ class BatchSizeSchedule(Callback):
         return self.sched[max(past)] if past else self.first
 
     def before_fit(self):
-        "Forget what an interrupted training left; the optimizer has new rates already"
-        self.lrs = None
+        "Forget what an interrupted training left; the optimizer may have new rates already"
+        self._reset_lr(keep=True)
         self.after_fit()
 
     def after_fit(self):
@@ -58,10 +59,10 @@ class BatchSizeSchedule(Callback):
         self._reset_lr()
         self._drop()
         if self.loaders: _hand_over(self.last, self.whole)
-        self.n_acc,self.loaders,self.whole,self.last = 0,{},None,None
+        self.n_acc,self.bs,self.loaders,self.whole,self.last = 0,0,{},None,None
 
     def __getstate__(self): # to be exported without data
-        return vars(self) | dict(loaders={}, whole=None, last=None)
+        return vars(self) | dict(loaders={}, whole=None, last=None, count=0, lrs=None)
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None and getattr(self, 'learn', None): self.after_fit() # after an error
@@ -71,15 +72,16 @@ class BatchSizeSchedule(Callback):
 @patch
 def _drop(self:BatchSizeSchedule):
     "The gradients of an unfinished step would be added to the next one's"
-    if self.count: self.opt.zero_grad()
+    if self.count and getattr(self.learn, 'opt', None): self.opt.zero_grad()
     self.count = 0
 
 @patch
-def _reset_lr(self:BatchSizeSchedule):
-    "The rate without what the batch size has made of it; if it was changed meanwhile, by as much as that"
+def _reset_lr(self:BatchSizeSchedule, keep=False):
+    "The rate without what the batch size has made of it; if it was changed meanwhile, by as much as that, or not at all"
     if self.lrs is None: return
     (before,after),self.lrs = self.lrs,None
-    for h,a,b in zip(self.opt.hypers, before, after): h['lr'] = a if h['lr']==b else h['lr']*a/b
+    def plain(now, a, b): return a if now is b else now if keep else now*a/b # `is`: a new rate may be the same number
+    self.opt.set_hyper('lr', [plain(h['lr'], a, b) for h,a,b in zip(self.opt.hypers, before, after)])
 
 @patch
 def after_train(self:BatchSizeSchedule):
@@ -90,7 +92,7 @@ def after_train(self:BatchSizeSchedule):
 @patch
 def before_train(self:BatchSizeSchedule):
     "A loader for this epoch"
-    if not self.loaders: self._begin()
+    if self.learn.dls.train is not self.whole: self._begin()
     bs = self._loader_bs(self.due(self.epoch/self.n_epoch, self.epoch))
     if bs not in self.loaders:
         check_loader(self.whole, 1)
@@ -108,9 +110,10 @@ def _begin(self:BatchSizeSchedule):
     if others: raise ValueError(f"{others[0]} and {type(self).__name__} both say of how many items a step is: remove one of them")
     self.first,self.n = batch_size(dl),n_items(dl)
     if self.first is None: check_loader(dl, 1)
-    self.is_sum = getattr(self.learn.loss_func, 'reduction', 'mean')=='sum'
-    self.most = self.max_bs or profile_of(self.learn.recorder).largest_fit or math.inf
-    self.loaders,self.whole,self.last,self.history = {self.first: dl},dl,dl,[]
+    fits = profile_of(self.learn.recorder).largest_fit if 'recorder' in vars(self.learn) else None
+    self.most = self.max_bs or fits or math.inf
+    if self.whole is None: self.history = []
+    self.loaders,self.whole,self.last,self.is_sum = {self.first: dl},dl,dl,None
     self.start = self._step_size(self.due(0., 0), self._loader_bs(self.due(0., 0))) # also where it is resumed later
 
 @patch
@@ -119,7 +122,9 @@ def _loader_bs(self:BatchSizeSchedule, due): return max(1, min(self._size(due), 
 def _step_size(self:BatchSizeSchedule, due, bs): return bs*max(1, round(self._size(due)/bs))
 @patch
 def _size(self:BatchSizeSchedule, bs):
-    if not (is_number(bs) and bs >= 1): raise ValueError(f"a batch has at least one item, and the schedule says {bs!r}")
+    bs = bs.item() if hasattr(bs, 'item') else bs
+    if not (is_number(bs) and 1 <= bs < math.inf): raise ValueError(
+        f"a batch size is a number, at least 1, and the schedule says {bs!r}")
     return min(round(bs), self.n or math.inf)
 
 # %% ../nbs/15_schedule.ipynb #15a00011
@@ -127,17 +132,20 @@ def _size(self:BatchSizeSchedule, bs):
 def before_batch(self:BatchSizeSchedule):
     "A step begins: how many items will it have?"
     self._reset_lr()
-    if self.count: return
+    if self.count or not self.bs: return # none: the callback has come in the middle of an epoch
     self.n_acc = self._step_size(self.due(self.pct_train, self.epoch), self.bs)
 
 @patch
 def after_loss(self:BatchSizeSchedule):
     "The mean over a step's items is made of parts; a sum is the sum of its parts as it is"
-    if self.n_acc > self.bs and not self.is_sum: self.learn.loss_grad *= find_bs(self.learn.yb)/self.n_acc
+    if self.n_acc <= self.bs: return
+    if self.is_sum is None: self.is_sum = reduction(self.learn.loss_func, self.learn.pred, self.learn.yb)=='sum'
+    if not self.is_sum: self.learn.loss_grad = self.learn.loss_grad*(find_bs(self.learn.yb)/self.n_acc)
 
 @patch
 def before_step(self:BatchSizeSchedule):
     "Hold the optimizer back until the batch is complete, and move the learning rate with it"
+    if not self.bs: return
     several = self.n_acc > self.bs
     self.count += find_bs(self.learn.yb)
     if several and self.count < self.n_acc and self.iter < self.n_iter-1: raise CancelBatchException()
@@ -154,4 +162,4 @@ def _move_lr(self:BatchSizeSchedule):
     if factor==1: return
     before = [h['lr'] for h in self.opt.hypers]
     self.lrs = before,[o*factor for o in before]
-    for h,lr in zip(self.opt.hypers, self.lrs[1]): h['lr'] = lr
+    self.opt.set_hyper('lr', self.lrs[1])

@@ -10,6 +10,8 @@ from fastai.callback.schedule import *
 from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
@@ -279,6 +281,64 @@ def unconnected():
     learn = plain_learner()
     learn.loss_func = lambda pred, y: sum(p.square().sum() for p in learn.model.parameters())
     return learn
+class Dense(nn.Module):
+    def __init__(self): super().__init__(); self.emb,self.head = nn.Embedding(99, 4, sparse=True),nn.Linear(256, 10)
+    def forward(self, x): return self.head(self.emb((x.flatten(1)*16).long()).flatten(1))
+def sparse(): return plain_learner(model=Dense(), opt_func=lambda p, **kw: OptimWrapper(p, torch.optim.SGD))
+def noisy_hooks():
+    learn = plain_learner()
+    for p in learn.model.parameters(): p.register_hook(lambda g: g+.01*torch.randn_like(g))
+    return learn
+class Drops(DataLoader):
+    "Items that can't be read are left out"
+    n_made = 0
+    def create_batch(self, b):
+        self.n_made += 1
+        return super().create_batch(b[:-1] if self.n_made%5==4 else b)
+def dropping():
+    learn = plain_learner()
+    learn.dls = DataLoaders(Drops(learn.dls.train.dataset, bs=64, shuffle=True, num_workers=0), learn.dls.valid)
+    return learn
+
+@pytest.mark.filterwarnings('error:The noise scale is not watched')
+@pytest.mark.parametrize('make', [sparse, noisy_hooks, dropping])
+def test_goes_on_watching(make):
+    "Sparse gradients, hooks that draw random numbers, batches that are a little short"
+    _,without = trained(make)
+    learn,got = trained(make, monitor=NoiseScaleMonitor(every=1))
+    assert same(without, got) and len(learn.recorder.bs_find_stats) > 40
+
+@pytest.mark.parametrize('cbs', [[],[GradientAccumulation(256)]])
+@pytest.mark.filterwarnings('error:The noise scale is not watched')
+def test_parameters_that_come_and_go_within_a_training(cbs):
+    "The averages begin anew with them"
+    class Gradual(Callback):
+        def before_epoch(self):
+            if self.epoch==1: self.learn.unfreeze()
+            if self.epoch==2: self.model[0].requires_grad_(False)
+    learn = plain_learner(splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())])
+    learn.freeze()
+    monitor,ns = NoiseScaleMonitor(every=1),[]
+    class Look(Callback):
+        order = 20
+        def after_epoch(self): ns.append((len(monitor.names), len(monitor.running.rows), self.iter))
+    with learn.no_logging(): learn.fit(3, 1e-3, cbs=[Gradual(), monitor, Look(), *cbs])
+    assert [o[0] for o in ns]==[2,4,2] and max(o[1] for o in ns) <= 22
+
+def test_predictions_in_between():
+    "Somebody predicts after each epoch: the columns stay"
+    class Predicts(Callback):
+        order,busy = 65,False
+        def after_epoch(self):
+            if self.busy: return
+            self.busy = True
+            self.learn.get_preds()
+            self.busy = False
+    learn,rows = plain_learner(metrics=accuracy),[]
+    learn.logger = rows.append
+    learn.fit(3, 1e-3, cbs=[Predicts(), NoiseScaleMonitor(every=3)])
+    assert {len(o) for o in rows}=={10}
+
 class Scales(nn.Module):
     "Has a part that is called as fastai calls what scales losses"
     def __init__(self): super().__init__(); self.scaler,self.head = nn.Identity(),nn.Linear(64,10)
@@ -335,6 +395,16 @@ def test_no_backward_pass():
         def before_backward(self): raise CancelBackwardException()
     learn,got = trained(makers['plain'], [Skip], monitor=NoiseScaleMonitor(every=1))
     assert same(got, trained(makers['plain'], [Skip])[1]) and not len(learn.recorder.bs_find_stats)
+
+def test_no_backward_pass_now_and_then():
+    "The zeros that are there instead are no gradient"
+    class Skip(Callback):
+        order = 99
+        def before_backward(self):
+            if self.iter%2: raise CancelBackwardException()
+    _,plain = standing(n=20)
+    _,skipped = standing(n=20, cbs=[Skip()])
+    assert_close(skipped, plain, tol=.15)
 
 @pytest.mark.parametrize('event,order', [
     ('before_batch',0), ('after_loss',0), ('before_backward',99), ('after_backward',99), ('before_step',0)])

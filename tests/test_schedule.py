@@ -1,5 +1,6 @@
 "Batch sizes that follow a schedule: steps are made of as many items as are due, and all else stays as it is."
 import math, pickle, random
+from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
@@ -9,8 +10,10 @@ from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
 from fastai_bs_finder.all import *
-from fastai.learner import load_learner
+from fastai.learner import Recorder, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam, OptimWrapper
+from torch.nn import functional as F
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.torch_core import set_seed
 from helpers import make_learner, plain_learner, same, search, small_table
@@ -135,6 +138,74 @@ def test_who_else_changes_the_rate():
     fit({0:64, 1:256}, learn, lr_power=.5, cbs=[Halves()])
     assert learn.opt.hypers[-1]['lr']==pytest.approx(1e-3/16)
 
+@pytest.mark.parametrize('opt_func', [Adam, lambda p, **kw: OptimWrapper(p, torch.optim.AdamW)])
+def test_rates_of_all_optimizers(opt_func):
+    "PyTorch's too, also where somebody predicts in the middle of an epoch, or trains on at what happens to be the moved rate"
+    class Predicts(Callback):
+        def after_batch(self):
+            if not (self.training and self.iter==3): return
+            keep = self.learn.dl,self.learn.n_iter,self.learn.iter
+            self.learn.get_preds()
+            self.learn.dl,self.learn.n_iter,self.learn.iter = keep
+            self.model.train()
+            self.learn.training = True
+    def rates(cbs):
+        learn = plain_learner(opt_func=opt_func)
+        _,cb,steps = fit({0:64, 1:256}, learn, lr_power=.5, epochs=2, cbs=cbs)
+        return learn,{o[3] for o in steps.rows}
+    learn,plain = rates([])
+    assert plain=={1e-3,2e-3} and learn.opt.hypers[-1]['lr']==1e-3
+    learn,disturbed = rates([Predicts()])
+    assert disturbed <= {1e-3,2e-3} and learn.opt.hypers[-1]['lr']==1e-3
+    cb = BatchSizeSchedule({0:64, 1:256}, lr_power=.5)
+    learn.add_cb(cb)
+    class Ends(Callback):
+        def before_validate(self):
+            if self.epoch==1: raise KeyboardInterrupt
+    class Breaks(Callback):
+        order = 90
+        def before_step(self):
+            if self.epoch==1: raise KeyboardInterrupt
+    for end in (Ends,Breaks):
+        with pytest.raises(KeyboardInterrupt), learn.no_logging(): learn.fit(2, 1e-3, cbs=end())
+        steps = Steps()
+        with learn.no_logging(): learn.fit(1, 2e-3, cbs=steps)
+        assert {o[3] for o in steps.rows}=={2e-3}
+
+@pytest.mark.parametrize('loss', [partial(F.cross_entropy, reduction='sum'), lambda p, y: F.cross_entropy(p, y).sqrt()])
+def test_losses_of_all_kinds(loss):
+    "Sums that nobody calls so; and losses that need their value for the backward pass"
+    def first(**kwargs):
+        learn = plain_learner(n=192, loss=loss)
+        learn.dls.train.shuffle = False
+        return fit({0:192}, learn, epochs=1, **kwargs)[2].rows[0][4]
+    whole,parts = first(),first(max_bs=64)
+    if isinstance(loss, partial): assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-4)
+    else: assert .9 < float(parts.norm()/whole.norm()) < 1.1
+
+def test_other_loaders_within_a_training():
+    other,seen = plain_learner(bs=32).dls,[]
+    class Swap(Callback):
+        def before_epoch(self):
+            if self.epoch==1: self.learn.dls = other
+    class Look(Callback):
+        def after_batch(self):
+            if self.training: seen.append((self.epoch, self.dl is other.train, len(self.yb[0])))
+    learn = plain_learner()
+    with learn.no_logging(): learn.fit(3, 1e-3, cbs=[Swap(), BatchSizeSchedule({2:64}), Look()])
+    assert set(seen)=={(0,False,64),(1,True,32),(2,False,64)}
+
+def test_without_a_recorder_and_in_the_middle():
+    learn = plain_learner()
+    learn.remove_cb(Recorder)
+    learn.fit(1, 1e-3, cbs=BatchSizeSchedule(lambda p: torch.tensor(128)))
+    class Adds(Callback):
+        def after_batch(self):
+            if self.train_iter==3 and self.training: self.learn.add_cbs([BatchSizeSchedule({0:128}), NoiseScaleMonitor(every=1)])
+    learn = plain_learner()
+    with learn.no_logging(): learn.fit(2, 1e-3, cbs=Adds())
+    assert learn.batch_size_schedule.history[-1][1]==128 and len(learn.recorder.bs_find_stats)
+
 def test_progress_and_everything_that_goes_by_it():
     learn,cb,steps = fit({0:32, 1:64, 2:256}, make_learner(), epochs=3, fit='fit_one_cycle')
     pct = [o[1] for o in steps.rows]
@@ -246,7 +317,7 @@ def test_refuses(kwargs, why):
     with pytest.raises(ValueError, match=why): BatchSizeSchedule(**kwargs)
 
 @pytest.mark.parametrize('sched,cbs,why', [
-    ({0:0}, [], 'at least one item'), (lambda p: math.nan, [], 'at least one item'),
+    ({0:0}, [], 'at least 1'), (lambda p: math.nan, [], 'at least 1'), (lambda p: math.inf, [], 'at least 1'),
     ({0:64}, [GradientAccumulation(128)], 'remove one of them')])
 def test_refuses_in_a_training(sched, cbs, why):
     learn = plain_learner()
