@@ -2,10 +2,16 @@
 
 Cost: pairs of trainings, one with `NoiseScaleMonitor()` and one without, in turns; seconds of a batch with it over those without,
 on the CIFAR ResNet of the proof and on its small convnet for MNIST: the median over pairs and its 95% interval. `--device cuda`
-asks a GPU, and then also for memory: what both took at most, and what a copy of the gradients takes.
+asks a GPU.
 
-Drift: on a quadratic task whose noise scale is known at every step and grows tenfold, the relative error of what it says."""
+Memory: what tensors held at most in three batches that were all measured, beside three that were not.
+
+Drift: on a quadratic task whose noise scale is known at every step and grows tenfold, the relative error of what it says, from
+the ninth measurement on; medians over three seeds."""
 from tasks import *
+import gc, weakref
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from fastai_bs_finder.monitor import NoiseScaleMonitor
 
 class Seconds(Callback):
@@ -47,19 +53,55 @@ def cost(task, data, device, seconds, n_pairs):
     return {'task':task, 'parameters':params, 'ms a batch':1e3*res[False], 'batches':n, 'measurements':measured,
             'with/without':median_of(ratios)}
 
-def peak_memory(width, cbs):
-    "Bytes that were allocated at most, and those of a copy of the gradients"
-    torch.cuda.empty_cache()
-    x = torch.randn(512, 64)
-    dls = DataLoaders.from_dsets(list(zip(x, x)), [(x[0],x[0])], bs=64, num_workers=0, device='cuda')
-    learn = Learner(dls, nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64)), MSELossFlat())
-    torch.cuda.reset_peak_memory_stats()
-    with learn.no_logging(): learn.remove_cb(ProgressCallback).fit(1, 1e-3, cbs=cbs)
-    return torch.cuda.max_memory_allocated(),4*sum(o.numel() for o in learn.model.parameters())
+class LiveBytes(TorchDispatchMode):
+    "What tensors that are made in here hold at most; on a GPU its own counter says it"
+    def __init__(self): super().__init__(); self.now,self.peak,self.live = 0,0,set()
 
-def memory(width):
-    (without,copy),(got,_) = peak_memory(width, []),peak_memory(width, [NoiseScaleMonitor(every=1)])
-    return {'parameters':copy//4, 'without (MB)':without/1e6, 'with (MB)':got/1e6, 'more, in copies':(got-without)/copy}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        for o in tree_leaves(res):
+            if isinstance(o, Tensor): self.see(o.untyped_storage())
+        return res
+
+    def see(self, storage):
+        key,n = storage._cdata,storage.nbytes()
+        if key in self.live: return
+        self.live.add(key)
+        self.now += n
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, key, n)
+
+    def gone(self, key, n):
+        self.live.discard(key)
+        self.now -= n
+
+class Peak(Callback):
+    "Memory of three batches, after some others"
+    order,run_valid = -100,False
+    def before_batch(self):
+        if self.train_iter!=8: return
+        self.mode = LiveBytes()
+        self.mode.__enter__()
+    def after_batch(self):
+        if self.train_iter!=11: return
+        self.mode.__exit__(None, None, None)
+        raise CancelFitException()
+
+def peak_memory(task, data, device, cbs):
+    "Bytes at most; those of the parameters"
+    learn,peak = learner(task, data, 64).remove_cb(ProgressCallback),Peak()
+    learn.dls.to(device)
+    gc.collect()
+    if device=='cuda': torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+    with learn.no_logging(): learn.fit(1, 1e-3, cbs=[peak, *cbs])
+    most = torch.cuda.max_memory_allocated() if device=='cuda' else peak.mode.peak
+    return most,4*sum(o.numel() for o in learn.model.parameters())
+
+def memory(task, data, device):
+    "A row: more memory, in copies of the gradients and of the whole"
+    (without,copy),(got,_) = (peak_memory(task, data, device, o) for o in ([],[NoiseScaleMonitor(every=1)]))
+    return {'task':task, 'MB without':without/1e6, 'MB with':got/1e6, 'with/without':got/without,
+            'more, in copies of the gradients':(got-without)/copy}
 
 class Mean(nn.Module):
     "The mean of the items is all that there is to learn"
@@ -69,7 +111,7 @@ class Mean(nn.Module):
 def half_square(pred, y): return (pred-y).square().sum(1).mean()/2
 
 def drift(d, bs, n_steps, start, every, seed):
-    "A row: the gradient of an item is w-x, so noise is the variance of x, and scale the square of the distance that is left"
+    "The gradient of an item is w-x, so noise is the variance of x, and scale the square of the distance that is left"
     set_seed(seed)
     n,noise = bs*n_steps,1.
     x = torch.randn(n, d)*(noise/d)**.5 + (noise/start/d)**.5
@@ -82,21 +124,26 @@ def drift(d, bs, n_steps, start, every, seed):
     stats = learn.recorder.bs_find_stats
     exact = np.array(exact)[stats.index-1]
     error = np.abs(stats.noise_scale/exact-1)[8:]
-    return {'parameters':d, 'batch':bs, 'steps':n_steps, 'from':exact[0], 'to':exact[-1], 'measurements':len(stats),
-            'error, median':float(error.median()), 'error, 90%':float(error.quantile(.9))}
+    return {'parameters':d, 'batch':bs, 'steps':n_steps, 'every':every, 'from':exact[0], 'to':exact[-1],
+            'measurements':len(stats), 'error, median':error.median(), 'error, 90%':error.quantile(.9)}
+
+def drifts(*args):
+    "A row: medians over seeds"
+    return pd.DataFrame([drift(*args, seed) for seed in range(3)]).median().to_dict()
 
 def main():
     p = parser(__doc__, data=True, seconds=5., pairs=30, device='cpu')
-    p.add_argument('--only', choices=['cost','drift'])
-    args = p.parse_args()
-    if args.only!='drift':
+    p.add_argument('--only', choices=['cost','memory','drift'])
+    args,chosen = p.parse_args(),('CIFAR, Adam','MNIST, Adam')
+    if args.only in (None,'memory'):
+        print('## Memory\n')
+        table([memory(o, args.data, args.device) for o in chosen])
+    if args.only in (None,'cost'):
         print('## Cost\n')
-        table([cost(o, args.data, args.device, args.seconds, args.pairs) for o in ('CIFAR, Adam','MNIST, Adam')])
-        if args.device=='cuda':
-            print('## Memory\n')
-            table([memory(o) for o in (1_000,100_000)])
-    if args.only!='cost':
+        table([cost(o, args.data, args.device, args.seconds, args.pairs) for o in chosen])
+    if args.only in (None,'drift'):
         print('## Drift\n')
-        table([drift(d, bs, n, 100., 13, 0) for d,bs,n in ((1000,64,2000), (1000,64,8000), (100,64,8000), (10_000,64,2000))])
+        table([drifts(d, 64, n, 100., every) for d,n,every in (
+            (1000,2000,13), (1000,8000,13), (100,8000,13), (100,8000,3), (4000,2000,13))])
 
 if __name__=='__main__': main()

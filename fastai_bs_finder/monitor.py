@@ -59,6 +59,8 @@ def weighted_gradients(
     return [o if o.is_sparse else o.as_subclass(Tensor) for o in grads if o is not None]
 
 # %% ../nbs/14_monitor.ipynb #14a00015
+_timed = .6 # of what it may cost; the rest is for what has no clock of its own
+
 class NoiseScaleMonitor(Callback):
     "Measure the gradient noise scale beside a real training, which stays as it is, bit for bit"
     order,run_valid,run_mock = MixedPrecision.order+.5,False,False # the loss is scaled, and gradients are not clipped yet
@@ -72,7 +74,7 @@ class NoiseScaleMonitor(Callback):
         if not (is_number(cost) and 0 < cost <= 1): raise ValueError(f"cost must be more than 0 and at most 1, got {cost!r}")
         self.every,self.cost,self.running,self.search = every,cost,RecentNoiseScale(tol),Search()
         self.rng,self.n_seen,self.names,self.params,self.window,self.begun = random.Random(0),0,[],[],None,False
-        self.seen,self.cleared,self.accumulator,self.refused,self.budget = 0,False,None,None,Budget(cost)
+        self.seen,self.cleared,self.accumulator,self.refused,self.budget = 0,False,None,None,Budget(_timed*cost)
 
     def state_dict(self)->dict: # Plain numbers and strings
         "What it takes to go on in another session"
@@ -159,7 +161,7 @@ def _begin(self:NoiseScaleMonitor):
                          adaptive=is_adaptive(self.opt), batch_norm=bn, watched=True)
     if 'recorder' in vars(learn): self.search.losses = learn.recorder.losses
     self._note_accumulation()
-    self.budget = Budget(self.cost)
+    self.budget = Budget(_timed*self.cost)
 
 @patch
 def _note_accumulation(self:NoiseScaleMonitor):
@@ -315,7 +317,7 @@ def _n_rows(self:NoiseScaleMonitor):
 @patch
 def after_backward(self:NoiseScaleMonitor):
     "Take the training's own gradient"
-    if not self._grads(): return # somebody has cancelled the backward pass
+    if not (self.window or self.sq is not None) or not self._grads(): return # none: somebody has cancelled the backward pass
     self._note_step()
     with self._guarded():
         if self.window: return self._accumulated()
