@@ -765,6 +765,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_bs_finder/schedule.py'),
                                            'fastai_bs_finder.schedule.BatchSizeSchedule._begin': ( 'schedule.html#batchsizeschedule._begin',
                                                                                                    'fastai_bs_finder/schedule.py'),
+                                           'fastai_bs_finder.schedule.BatchSizeSchedule._check_loader': ( 'schedule.html#batchsizeschedule._check_loader',
+                                                                                                          'fastai_bs_finder/schedule.py'),
                                            'fastai_bs_finder.schedule.BatchSizeSchedule._drop': ( 'schedule.html#batchsizeschedule._drop',
                                                                                                   'fastai_bs_finder/schedule.py'),
                                            'fastai_bs_finder.schedule.BatchSizeSchedule._loader_bs': ( 'schedule.html#batchsizeschedule._loader_bs',

@@ -112,8 +112,8 @@ columns = 'noise','scale','noise_scale','lower','upper'
 def before_fit(self:NoiseScaleMonitor):
     "Show the record in the recorder's columns"
     self._stop()
-    self.begun = False
-    self._show()
+    self.begun,self.run = False,not hasattr(self.learn, 'lr_finder') # that is no training
+    if self.run: self._show()
 
 @patch
 def _show(self:NoiseScaleMonitor):
@@ -270,6 +270,7 @@ _about = 1.5 # squared lengths may differ by such a factor
 @patch
 def before_backward(self:NoiseScaleMonitor):
     "Measure the noise"
+    self.search.lr = max(self.search.lr or 0., self.opt.hypers[-1]['lr']) # of a schedule, its peak
     if self.window and not self.facts.seen:
         with self._guarded(): self._look(None)
     if self.refused or self.window or self.several() or not (self.fresh and self.due()): return
@@ -329,9 +330,9 @@ def after_backward(self:NoiseScaleMonitor):
 
 @patch
 def _note_step(self:NoiseScaleMonitor):
-    "What later callbacks may change: the rate, and what the loss was multiplied with"
+    "What the loss was multiplied with; it may be something else after the step"
     scaler = vars(self.learn).get('scaler')
-    self.lr_now,self.loss_scale = self.opt.hypers[-1]['lr'],scaler and scaler.scale(torch.ones_like(self.learn.loss))
+    self.loss_scale = scaler and scaler.scale(torch.ones_like(self.learn.loss))
 
 @patch
 def _check(self:NoiseScaleMonitor, big):
@@ -357,7 +358,7 @@ def _add(self:NoiseScaleMonitor, pair, n_loss):
     m = self.sums.take()
     if not m.n_examples: return # gradients that are NaN or infinite
     self.running.add(self.n_seen, m.noise, m.scale, n)
-    search.window,search.lr = max(search.window, n),max(search.lr or 0., self.lr_now)
+    search.window = max(search.window, n)
     search.add(self.seen, *self.running.means(), *self.running.interval())
     if rec.search is not search: rec.keep(search=search)
 

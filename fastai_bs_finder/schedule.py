@@ -20,10 +20,6 @@ from .losses import reduction
 from .profile import profile_of
 
 # %% ../nbs/15_schedule.ipynb #15a00008
-def _hand_over(a, b):
-    "The order of batches goes on where the loader `a` has left off; PyTorch's have no state of their own"
-    if a is not b and hasattr(a, 'rng'): b.rng.setstate(a.rng.getstate())
-
 class BatchSizeSchedule(Callback):
     "Let the batch size follow a schedule, by other loaders between epochs and by accumulated gradients within them"
     order,run_valid,run_mock = MixedPrecision.order-4,False,False # that of `GradientAccumulation`
@@ -34,6 +30,8 @@ class BatchSizeSchedule(Callback):
     ):
         if not (callable(sched) or (isinstance(sched, Mapping) and sched)): raise ValueError(
             f"sched must be a function of progress, as SchedExp(64, 1024), or a dictionary {{epoch: batch size}}, got {sched!r}")
+        if isinstance(sched, Mapping) and not all(is_number(o) and o >= 0 for o in sched): raise ValueError(
+            f"the keys of sched must be epochs, counted from 0, got {list(sched)}")
         if not is_number(lr_power): raise ValueError(f"lr_power must be a number, got {lr_power!r}")
         if max_bs is not None and not (is_whole(max_bs) and max_bs >= 1): raise ValueError(
             f"max_bs must be a whole number, at least 1, or None, got {max_bs!r}")
@@ -51,6 +49,7 @@ class BatchSizeSchedule(Callback):
 
     def before_fit(self):
         "Forget what an interrupted training left; the optimizer may have new rates already"
+        self.run = not hasattr(self.learn, 'lr_finder') # that is no training
         self._reset_lr(keep=True)
         self.after_fit()
 
@@ -69,6 +68,10 @@ class BatchSizeSchedule(Callback):
         object.__setattr__(self, name, value) # `Callback` would warn of each name that the model happens to use too
 
 # %% ../nbs/15_schedule.ipynb #15a00029
+def _hand_over(a, b):
+    "The order of batches goes on where the loader `a` has left off; PyTorch's have no state of their own"
+    if a is not b and hasattr(a, 'rng'): b.rng.setstate(a.rng.getstate())
+
 @patch
 def _drop(self:BatchSizeSchedule):
     "The gradients of an unfinished step would be added to the next one's"
@@ -95,7 +98,7 @@ def before_train(self:BatchSizeSchedule):
     if self.learn.dls.train is not self.whole: self._begin()
     bs = self._loader_bs(self.due(self.epoch/self.n_epoch, self.epoch))
     if bs not in self.loaders:
-        check_loader(self.whole, 1)
+        self._check_loader()
         self.loaders[bs] = self.whole.with_bs(bs)
     dl = self.loaders[bs]
     _hand_over(self.last, dl)
@@ -115,6 +118,13 @@ def _begin(self:BatchSizeSchedule):
     if self.whole is None: self.history = []
     self.loaders,self.whole,self.last,self.is_sum = {self.first: dl},dl,dl,None
     self.start = self._step_size(self.due(0., 0), self._loader_bs(self.due(0., 0))) # also where it is resumed later
+
+@patch
+def _check_loader(self:BatchSizeSchedule):
+    try: check_loader(self.whole, 1)
+    except ValueError as e: raise ValueError(
+        f"{type(self.whole)} can't be made anew with another batch size: pass max_bs={self.first}, and larger batches are "
+        "accumulated from its own") from e
 
 @patch
 def _loader_bs(self:BatchSizeSchedule, due): return max(1, min(self._size(due), self.most))

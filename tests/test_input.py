@@ -260,7 +260,7 @@ def test_measure_only(learn, funcs):
 @pytest.mark.parametrize('kwargs,match', [
     (dict(bs='32'), "bs must be a whole number, got '32'"), (dict(bs=2.5), 'bs must be a whole number'),
     (dict(num_it='40'), "num_it must be a whole number, got '40'"), (dict(wd='x'), "wd must be a number, at least 0, got 'x'"),
-    (dict(n_batch=None), 'n_batch must be a whole number, got None'), (dict(tol='a'), "tol must be between 0 and 1, got 'a'"),
+    (dict(n_batch='5'), "n_batch must be a whole number, got '5'"), (dict(tol='a'), "tol must be between 0 and 1, got 'a'"),
     (dict(beta=None), 'beta'), (dict(k='4', method='split'), "k must be a whole number, got '4'")], ids=str)
 def test_none_and_strings_for_numbers(learn, kwargs, match): refused(learn, match, lr=1e-2, **kwargs)
 

@@ -201,6 +201,8 @@ def test_a_picture_and_a_table():
     assert len({o.get_ylabel(): o.lines for o in fig.axes}['Loss'][0].get_xdata())==66
     table = learn.recorder.bs_table()
     assert 64 in table.index and table.lr[64]==pytest.approx(1e-3, rel=.01)
+    with learn.no_logging(): learn.fit_one_cycle(3, 1e-3, cbs=NoiseScaleMonitor(every=40)) # of the whole training, not of one batch
+    assert learn.recorder.search.lr==pytest.approx(1e-3, rel=.01)
     assert 'critical batch size' in learn.recorder.bs_find_summary()
 
 def test_no_losses_to_draw_of_a_search():

@@ -285,7 +285,7 @@ def test_pytorch_loaders():
         return learn
     _,_,steps = fit({0:64, 1:192}, torch_learner(), epochs=2, max_bs=64)
     assert sizes(steps, 0)==[64]*22 and sizes(steps, 1)==[192]*7+[64]
-    with pytest.raises(ValueError, match='DataLoader'): fit({0:64, 1:192}, torch_learner(), epochs=2)
+    with pytest.raises(ValueError, match='DataLoader.*pass max_bs=64'): fit({0:64, 1:192}, torch_learner(), epochs=2)
 
 class Stop(Callback):
     order = 80
@@ -312,7 +312,8 @@ def test_interrupts(error, stays):
 
 @pytest.mark.parametrize('kwargs,why', [
     (dict(sched=64), 'sched must be'), (dict(sched={}), 'sched must be'), (dict(sched={0:64}, lr_power='x'), 'lr_power must be'),
-    (dict(sched={0:64}, max_bs=0), 'max_bs must be')])
+    (dict(sched={0:64}, max_bs=0), 'max_bs must be'), (dict(sched={'0':64}), 'must be epochs'),
+    (dict(sched={-1:64}), 'must be epochs')])
 def test_refuses(kwargs, why):
     with pytest.raises(ValueError, match=why): BatchSizeSchedule(**kwargs)
 
@@ -335,6 +336,14 @@ def test_with_the_monitor():
     fit(lambda p: 64 if p < .5 else 256, learn, epochs=2, max_bs=64, cbs=[monitor])
     sizes = [r[3] for r in monitor.running.rows]
     assert set(sizes)=={64,128,256} and learn.recorder.search.window==256 # 128: the end of an epoch
+
+def test_lr_find_leaves_both_out():
+    "It counts on the epochs that the loader has"
+    def found(cbs):
+        learn = plain_learner(cbs=cbs)
+        with learn.no_bar(): lr = learn.lr_find(show_plot=False)
+        return lr,len(learn.recorder.losses),learn.recorder.metrics
+    assert found([BatchSizeSchedule({0:256}), NoiseScaleMonitor(every=1)])==found([])
 
 def test_searches_and_validations_leave_it_out():
     learn = make_learner(cbs=BatchSizeSchedule({0:128}))
