@@ -44,7 +44,7 @@ class BSFinder(Callback):
         reduction:str=None # 'mean' or 'sum': how the loss puts the examples of a batch together; None: find out
     ):
         check_method(method)
-        n_batch = getattr(estimators.get(method, method), 'n_batch', 5) if n_batch is None else n_batch
+        n_batch = getattr(estimators.get(method, method), 'n_batch', Estimator.n_batch) if n_batch is None else n_batch
         check_counts(n_batch=n_batch, k=k)
         if reduction not in (None,'mean','sum'): raise ValueError(f"reduction must be 'mean', 'sum' or None, got {reduction!r}")
         self.n_batch,self.method,self.k,self.reduction = n_batch,method,k,reduction

@@ -526,6 +526,7 @@ class SequentialEstimator(Estimator):
     def big(self): return sq_norm(self.sums.values()) / self.size**2
 
 # %% ../nbs/06_gradients.ipynb #5b1c0002
+def _dense(grad): return (grad.to_dense() if grad.is_sparse else grad).float()
 def _l1(grads): return sum(o.abs().sum(dtype=torch.promote_types(o.dtype, torch.float32)) for o in grads)
 
 class L1Estimator(AccumulateEstimator):
@@ -551,13 +552,13 @@ class L1Estimator(AccumulateEstimator):
 
     def add_small(self, bs, xb, yb):
         super().add_small(bs, xb, yb)
-        odd,zero = self.n%2,torch.zeros(())
+        odd = self.n%2
         if odd: self.size_other += bs
         for p in self.params:
             if p.grad is None: continue
-            g = (p.grad.to_dense() if p.grad.is_sparse else p.grad).float()*self.w
-            self.squares[p] = self.squares.get(p, zero.to(g)) + g.square()*(self.bs_first/bs)
-            if odd: self.every_other[p] = self.every_other.get(p, zero.to(g)) + g
+            g = _dense(p.grad)*self.w
+            self.squares[p] = self.squares.get(p, 0.) + g.square()*(self.bs_first/bs)
+            if odd: self.every_other[p] = self.every_other.get(p, 0.) + g
 
 # %% ../nbs/06_gradients.ipynb #5b1c0004
 @patch
@@ -565,7 +566,7 @@ def _finish(self:L1Estimator):
     self.big() # the gradients are those of the whole window now
     if self.n < 2: return
     n,size,half,b = self.n,self.size,self.size_other,self.bs_first
-    means = {p: (p.grad.to_dense() if p.grad.is_sparse else p.grad).float() for p in self.squares}
+    means = {p: _dense(p.grad) for p in self.squares}
     sigma = _l1(((self.squares[p]*b-m.square()*size).clamp(min=0)/(n-1)).sqrt() for p,m in means.items())
     parts = {p: self.every_other.get(p, 0.*m)*b for p,m in means.items()} # times their items
     halves = _l1(o/half for o in parts.values()) + _l1((m*size-parts[p])/(size-half) for p,m in means.items())

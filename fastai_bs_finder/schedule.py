@@ -117,7 +117,8 @@ def _begin(self:BatchSizeSchedule):
     self.most = self.max_bs or fits or math.inf
     if self.whole is None: self.history = []
     self.loaders,self.whole,self.last,self.is_sum = {self.first: dl},dl,dl,None
-    self.start = self._step_size(self.due(0., 0), self._loader_bs(self.due(0., 0))) # also where it is resumed later
+    due = self.due(0., 0)
+    self.start = self._step_size(due, self._loader_bs(due)) # also where it is resumed later
 
 @patch
 def _check_loader(self:BatchSizeSchedule):

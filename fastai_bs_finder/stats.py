@@ -84,6 +84,7 @@ def is_whole(
 # %% ../nbs/00_stats.ipynb #31282f85
 class RunningNoiseScale:
     "The noise scale of a training: means of `noise` and `scale` that forget old batches, and the interval of their ratio"
+    _kept = 'beta' # what a saved state has beside the rows
     def __init__(self,
         beta:float=0.998 # Weight that a measurement keeps per batch that passes: the means reach back about `1/(1-beta)` batches
     ):
@@ -117,17 +118,19 @@ class RunningNoiseScale:
 
     def state_dict(self)->dict: # Plain numbers, to be pickled or written as JSON
         "All that `load_state_dict` needs to go on from here"
-        return dict(beta=self.beta, rows=[list(o) for o in self.rows])
+        return {self._kept: getattr(self, self._kept), 'rows': [list(o) for o in self.rows]}
 
     def load_state_dict(self,
         state:dict # What `state_dict` returned
     ):
         "Go on from where `state` was taken"
-        self.beta,self.rows = state['beta'],[tuple(o) for o in state['rows']]
+        setattr(self, self._kept, state[self._kept])
+        self.rows = [tuple(o) for o in state['rows']]
 
 # %% ../nbs/00_stats.ipynb #cdada373
 class RecentNoiseScale(RunningNoiseScale):
     "The noise scale as it is now: means over as few of the last measurements as make its interval narrow enough"
+    _kept = 'n'
     def __init__(self,
         tol:float=.2, # Narrow enough is a 95% interval within a factor of 1±tol
         most:int=512 # Measurements that are kept
@@ -155,16 +158,6 @@ class RecentNoiseScale(RunningNoiseScale):
 
     def _last(self, n): return np.array(self.rows[-n:], float).T[1:]
     def _weighted(self): return self._last(self.n)
-
-    def state_dict(self)->dict: # Plain numbers, to be pickled or written as JSON
-        "All that `load_state_dict` needs to go on from here"
-        return dict(n=self.n, rows=[list(o) for o in self.rows])
-
-    def load_state_dict(self,
-        state:dict # What `state_dict` returned
-    ):
-        "Go on from where `state` was taken"
-        self.n,self.rows = state['n'],[tuple(o) for o in state['rows']]
 
 # %% ../nbs/00_stats.ipynb #2d281c9f
 def relative_steps(
