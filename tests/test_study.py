@@ -1,5 +1,5 @@
 "Studies: what a run records, what happens to long work, and whether the fits are right."
-import math, os, signal, subprocess, sys, time
+import math, multiprocessing, os, shutil, signal, time
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,12 +15,26 @@ from fastai_bs_finder.study import _batches, _Engine, larger_is_better, Plan, Ru
 from helpers import loaders, plain_learner
 from torch import nn
 
-def get_learner(bs, **kwargs): return plain_learner(bs, 512, opt_func=SGD, metrics=[accuracy,error_rate], **kwargs)
+def get_learner(bs, val_bs=360, **kwargs):
+    "Validates in a single batch, since a study looks often"
+    learn = plain_learner(bs, 512, **dict(opt_func=SGD, metrics=[accuracy,error_rate]) | kwargs)
+    learn.dls.loaders[1] = learn.dls.valid.with_bs(val_bs)
+    return learn
 
 def study(get_learner=get_learner, bss=(16,64), lrs=(.05,.1), **kwargs):
     return bs_study(get_learner, list(bss), lrs, **(dict(target=1., n_seeds=2, max_examples=20_000, progress=False) | kwargs))
 
 same_in = ['bs','lr','seed','end','steps','examples','train_loss','valid_loss','best_valid_loss','accuracy']
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A study in one piece, in a folder of its own"
+    return study(path=tmp_path_factory.mktemp('whole'))
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    "A folder that has all of it"
+    return shutil.copytree(whole.path, tmp_path/'finished')
 
 def assert_alike(a, b): pd.testing.assert_frame_equal(a.df[same_in], b.df[same_in])
 
@@ -35,9 +49,11 @@ def test_steps_and_examples(micro_bs):
 
 def test_the_clock_stands_still_while_it_validates():
     class Slow(Callback):
-        def before_validate(self): time.sleep(.3)
-    for plan in (Plan(epochs=3), Plan(target=.01, max_examples=640)):
-        assert run(partial(get_learner, cbs=Slow()), plan, 64, .05)['seconds'] < .5
+        def __init__(self, seconds): self.seconds,self.slept = seconds,0.
+        def before_validate(self): time.sleep(self.seconds); self.slept += self.seconds
+    for seconds,plan in ((.3,Plan(epochs=3)), (.1,Plan(target=.01, max_examples=640))):
+        slow = Slow(seconds)
+        assert run(partial(get_learner, cbs=slow), plan, 64, .05)['seconds'] < .5 < slow.slept
 
 def test_what_a_plain_training_gives():
     "A course is a training as one makes it, whatever is recorded"
@@ -72,7 +88,7 @@ def test_all_items_are_judged_by():
             def before_validate(self): self.n = 0
             def after_batch(self): self.n += 0 if self.training else len(self.yb[0])
             def after_validate(self): seen.append(self.n)
-        return get_learner(bs, cbs=Count())
+        return get_learner(bs, val_bs=bs, cbs=Count())
     for bs in (16,256): run(counted, Plan(target=0., max_examples=512), bs, .1)
     assert set(seen)-{0}=={len(loaders().valid_ds)} # none where it was no time to look
 
@@ -97,7 +113,7 @@ def test_warm_up():
 def test_any_optimizer(opt_func):
     "fastai's and PyTorch's"
     plans = Plan(epochs=2, dynamics=True),Plan(target=1.5, max_examples=20_000)
-    ends = [run(lambda bs: plain_learner(bs, 512, opt_func=opt_func), o, 16, .01)['end'] for o in plans]
+    ends = [run(partial(get_learner, opt_func=opt_func), o, 16, .01)['end'] for o in plans]
     assert ends==['ended','reached']
 
 def test_mixed_precision_with_a_schedule_to_a_target():
@@ -181,7 +197,7 @@ def test_a_metric_that_is_no_number():
 
 def test_which_way_is_better_can_be_said():
     def wer(pred, y): return (pred.argmax(1)!=y).float().mean()
-    def learner(bs): return plain_learner(bs, 512, opt_func=SGD, metrics=wer)
+    learner = partial(get_learner, metrics=wer)
     kw = dict(metric='wer', target=.4, max_examples=50_000)
     with pytest.raises(ValueError, match='is reached already'): study(learner, **kw)
     res = study(learner, rises=False, bss=[16], **kw)
@@ -228,9 +244,9 @@ def test_nothing_reached():
 
 # --- long work
 
-def test_it_goes_on_where_it_stopped(tmp_path):
+def test_it_goes_on_where_it_stopped(tmp_path, whole):
     "Nothing that is finished is repeated, and the table is the same"
-    whole,made = study(),[]
+    made = []
     def counted(bs): made.append(bs); return get_learner(bs)
     class Enough(Exception): pass
     def stops(bs):
@@ -244,55 +260,45 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert len(made)==3+len(whole.df)-n # three to look at, and the rest of the runs
     assert_alike(Study.load(tmp_path), whole)
 
-program = '''
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from test_study import *
-study(path=sys.argv[2])
-'''
-
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
+def test_killed_at_random_moments(tmp_path, whole):
     "SIGKILL, which nobody can catch: the table on disk is whole, and at the end the same as that of a study in one piece"
-    rng,here = np.random.default_rng(0),os.path.dirname(__file__)
-    command = [sys.executable, '-W', 'ignore', '-c', program, here, str(tmp_path)]
+    rng,processes = np.random.default_rng(0),multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['fastai_bs_finder.all']) # or each process would import for seconds
     rows,seconds = [],{}
-    for _ in range(60):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(6, 14))
-            break
-        except subprocess.TimeoutExpired: process.send_signal(signal.SIGKILL)
-        process.wait()
+    for i in range(60):
+        process = processes.Process(target=study, kwargs=dict(path=tmp_path))
+        process.start()
+        process.join(rng.uniform(.3, 1.5+i/4))
+        if not process.is_alive(): break
+        process.kill()
+        process.join()
         kept = Study.load(tmp_path).rows if (tmp_path/'study.json').exists() else ()
         for o in kept: seconds.setdefault((o['bs'],o['lr'],o['seed']), o['seconds'])
         rows.append(len(seconds))
-    assert process.returncode==0 and rows==sorted(rows)
+    assert process.exitcode==0 and rows and rows==sorted(rows)
     kept = Study.load(tmp_path)
     assert all(kept.find(*k)['seconds']==v for k,v in seconds.items()) # a run that is made again takes another time
-    assert_alike(kept, study())
+    assert_alike(kept, whole)
     assert not kept.df.duplicated(['bs','lr','seed']).any()
 
-def test_processes_make_the_same_table():
+def test_processes_make_the_same_table(whole):
     "Steps and losses; seconds are marked"
-    one,two = study(),study(n_jobs=2)
-    assert_alike(one, two)
-    assert one.df.alone.all() and not two.df.alone.any()
+    two = study(n_jobs=2)
+    assert_alike(whole, two)
+    assert whole.df.alone.all() and not two.df.alone.any()
 
-def test_other_settings_are_refused(tmp_path):
-    study(path=tmp_path)
-    assert study(path=tmp_path).df.steps.max() > 0
-    with pytest.raises(ValueError, match=r'holds a study with target=1.0, which is not what was asked for'): study(path=tmp_path, target=.9)
+def test_other_settings_are_refused(finished):
+    assert study(path=finished).df.steps.max() > 0
+    with pytest.raises(ValueError, match=r'holds a study with target=1.0, which is not what was asked for'): study(path=finished, target=.9)
 
-def test_what_was_given_up_is_made_again_where_more_is_allowed(tmp_path):
+def test_what_was_given_up_is_made_again_where_more_is_allowed(finished, whole):
     "As in a grid in the folder of a tuned study, in which a learning rate could not win any more"
-    whole = study(path=tmp_path)
-    df = Study.load(tmp_path).df
+    df = Study.load(finished).df
     df.loc[2, ['end','reached','most','steps']] = 'given up',False,10.,12
-    df.to_csv(tmp_path/'runs.csv', index=False)
-    assert Study.load(tmp_path).df.end[2]=='given up'
-    assert_alike(study(path=tmp_path), whole)
+    df.to_csv(finished/'runs.csv', index=False)
+    assert Study.load(finished).df.end[2]=='given up'
+    assert_alike(study(path=finished), whole)
 
 def test_two_at_a_time_in_one_folder(tmp_path):
     "Rows that another process has written meanwhile stay"
@@ -505,14 +511,14 @@ def drawn(f, tmp_path):
         (low,high),ticks = ax.get_ylim(),ax.get_yticks()
         assert ax.get_xlabel() and ax.get_ylabel() and any(low <= o <= high for o in ticks)
 
-def test_pictures(tmp_path):
-    res = study(lrs=[.05,.1,.2], n_seeds=1, dynamics=True)
+def test_pictures(tmp_path, whole):
+    res = study(lrs=[.1,.2,.4], n_seeds=1, dynamics=True)
     for f in (partial(res.plot_steps, critical=50), res.plot_time, res.plot_lr, res.plot_dynamics): drawn(f, tmp_path)
     course = study(bss=[16], n_seeds=2, epochs=1, target=None)
     for f in (course.plot_time, course.plot_lr, course.plot_generalisation): drawn(f, tmp_path)
     for f,words in ((course.plot_steps,'train to a target'), (course.critical,'train to a target'), (res.plot_generalisation,'compare courses')):
         with pytest.raises(ValueError, match=words): f()
-    with pytest.raises(ValueError, match='no dynamics'): study(n_seeds=1).plot_dynamics()
+    with pytest.raises(ValueError, match='no dynamics'): whole.plot_dynamics()
 
 def test_dynamics_of_a_known_way():
     "One parameter that goes straight: the distance is the sum of its steps, the gradient is 1, the angle 0"
@@ -529,7 +535,7 @@ def test_dynamics_of_a_known_way():
 def test_sharpness_of_a_language_model():
     "A model that returns a tuple and has a hidden state; the same items whatever the batch size, and the same value twice"
     from fastai.text.all import AWD_LSTM, LMDataLoader, awd_lstm_lm_config, language_model_learner
-    texts = [torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    texts = [torch.randint(0, 20, (400,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     def lm(bs):
         dls = DataLoaders(*(LMDataLoader(texts, bs=bs, seq_len=8, num_workers=0) for _ in range(2)))
         dls.vocab = [str(i) for i in range(20)]
