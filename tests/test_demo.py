@@ -128,7 +128,7 @@ def test_strange_but_possible(tmp_path, run, name, values):
     assert 'Traceback' not in err and ('Found:' in out or len(err.strip().splitlines())==1 or code==2), (out,err)
 
 def start(tmp_path, *args, **kwargs):
-    command = [sys.executable, '-u', '-m', 'fastai_bs_finder.demo', '--seconds', '6', *args]
+    command = [sys.executable, '-u', '-m', 'fastai_bs_finder.demo', '--seconds', '3', *args]
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 def test_closed_output(tmp_path):

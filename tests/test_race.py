@@ -221,7 +221,7 @@ def test_leaves_no_trace(tmp_path, trained):
             torch.manual_seed(0)
             with o.no_logging(): o.fit(1)
     before,losses = state_of(learn),list(learn.recorder.losses) if trained else []
-    learn.lr_race(seconds=5, show_plot=False)
+    learn.lr_race(seconds=2, show_plot=False)
     assert same(before, state_of(learn)) and (same(losses, list(learn.recorder.losses)) if trained else True)
     after = []
     for o in (learn,twin):
@@ -245,9 +245,9 @@ def test_groups_keep_their_ratio(tmp_path):
     "Slices and lists, and what is frozen stays as it is"
     def split(m): return L(m[:2], m[2:]).map(lambda o: list(o.parameters()))
     learn = make_learner(tmp_path, splitter=split)
-    res = learn.lr_race(lr=slice(1e-5,1e-3), seconds=5, show_plot=False)
+    res = learn.lr_race(lr=slice(1e-5,1e-3), seconds=2, show_plot=False)
     assert all(isinstance(o, slice) and math.isclose(o.stop, 100*o.start) for o in res)
-    res = learn.lr_race(lr=[1e-4,1e-3], seconds=5, show_plot=False)
+    res = learn.lr_race(lr=[1e-4,1e-3], seconds=2, show_plot=False)
     assert n_groups(learn)==2 and all(math.isclose(o[1], 10*o[0]) for o in res)
     learn.freeze()
     seen = []
@@ -273,7 +273,7 @@ def test_accumulated_gradients(tmp_path):
     assert races.own_bs==64
     racer = races.train(64, 1e-2, 20)
     assert len(seen)==20 and len(racer.losses)==80 and max(seen)==1e-2 and seen[-1] < 3e-3
-    learn.lr_race(seconds=5, show_plot=False)
+    learn.lr_race(seconds=2, show_plot=False)
     assert learn.recorder.race.bs==64 and learn._grab_cbs(GradientAccumulation)
 
 def test_schedule_of_a_racer(tmp_path):
@@ -345,7 +345,7 @@ def test_progress_bar(tmp_path):
     "With fastai's own bar on the learner"
     learn = make_learner(tmp_path)
     learn.add_cb(ProgressCallback())
-    assert learn.lr_race(seconds=5, show_plot=False).lr > 0 and learn._grab_cbs(ProgressCallback)
+    assert learn.lr_race(seconds=2, show_plot=False).lr > 0 and learn._grab_cbs(ProgressCallback)
     assert learn.bs_find(seconds=6, show_plot=False).lr > 0
 
 def test_out_of_memory(tmp_path):
@@ -356,7 +356,7 @@ def test_out_of_memory(tmp_path):
     learn = make_learner(tmp_path, cbs=Full())
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r'(?s)a batch of 64 does not fit .* `learn.lr_race\(bs=...\)`'):
         learn.lr_race(seconds=5, show_plot=False)
-    assert learn.lr_race(bs=32, seconds=5, show_plot=False).lr > 0
+    assert learn.lr_race(bs=32, seconds=2, show_plot=False).lr > 0
 
 def test_time_limit(tmp_path):
     "A slow training gets fewer and shorter racers"
