@@ -15,7 +15,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=[cfg['lib_path']],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev','distributed')},
     entry_points={'nbdev': [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
     classifiers=['Development Status :: 4 - Beta', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3'],

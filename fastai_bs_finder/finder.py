@@ -20,17 +20,20 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
+from torch.nn.parallel import DistributedDataParallel
 from .stats import RunningNoiseScale, is_number, is_whole
 from .callbacks import accumulates, takes_part
+from .distributed import alone, processes_of, shared_dl, together
 from .gradients import Estimator, PairSums, check_counts, check_method, estimators, get_estimator
 from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import check_learner, check_loss, check_target, has_own, preserve, trainable
-from .loaders import CountedBatches, batch_size, check_loader, first_dims, items_of, n_items, whole_batches
+from .loaders import CountedBatches, batch_size, bs_here, check_loader, first_dims, items_of
+from .loaders import n_items, n_sharing, whole_batches
 from .profile import Profile, device_of, out_of_memory, profile_key, unstalled
 from .lr import Races, as_lr, check_seconds, is_adaptive, lr_factor, n_groups, times_lr, top_lr
 from .suggest import BSSuggestion, default_funcs, needs_profile, suggestion_name
-from .suggest import epochs_at, fastest, in_epochs, lr_at, raced, relative_steps_to
+from .suggest import epochs_at, fastest, in_epochs, lr_at, per_process, raced, relative_steps_to
 
 # %% ../nbs/11_finder.ipynb #869bd65a
 class BSFinder(Callback):
@@ -50,11 +53,11 @@ class BSFinder(Callback):
         self.n_batch,self.method,self.k,self.reduction = n_batch,method,k,reduction
         self.running,self.estimator,self.loaders,self.search = RunningNoiseScale(beta),None,(),Search()
         self.known = {} # `lr`, `train_bs` and `n_acc` of the learner's own training
-        self.n_seen,self.broke,self.cuts = 0,False,False
+        self.n_seen,self.broke,self.cuts,self.procs = 0,False,False,alone
 
     def _start(self, est, params):
         _check_own_gradients(self.learn, est)
-        self.estimator = est
+        self.estimator,est.procs = est,self.procs
         est.start(params, self.model, self.loss_func, not any(has_own(self.learn, o) for o in ('_backward','_do_one_batch')))
 
     def after_fit(self):
@@ -63,6 +66,7 @@ class BSFinder(Callback):
 
     def _stop(self):
         if self.estimator is not None: self.estimator.stop()
+        self._average(True)
         if self.loaders:
             whole,_,cut = self.loaders
             if getattr(self.learn, 'dl', None) is cut: self.learn.dl = whole
@@ -79,14 +83,15 @@ def before_fit(self:BSFinder):
     self._stop() # what an interrupted fit left
     _check_callbacks(self.learn, self.order)
     BSRecorder.of(self.learn)
-    dl,bn = self.learn.dls.train,nn.modules.batchnorm._BatchNorm
-    self.running,self.sums = RunningNoiseScale(self.running.beta),PairSums()
+    self.procs,dl,bn = processes_of(self.learn),self.learn.dls.train,nn.modules.batchnorm._BatchNorm
+    if self.procs.n > 1: dl = shared_dl(dl) # as fastai will in a moment
+    self.running,self.sums = RunningNoiseScale(self.running.beta),PairSums(self.procs)
     self.loss_facts = LossFacts(self.learn.loss_func, self.reduction) # MixUp puts its own in place of it later
     self.n_seen,self.n_looks,self.n_models,self.broke,self.lrs,self.trained_by = 0,0,0,False,None,None
     self.went_back = False
     self.search = Search(adaptive=is_adaptive(self.opt), batch_norm=any(isinstance(m, bn) for m in self.model.modules()))
     self._note_sizes(batch_size(dl), n_items(dl))
-    est = get_estimator(self.method, self.model, len(dl), batch_size(dl), n_batch=self.n_batch, k=self.k)
+    est = get_estimator(self.method, self.model, len(dl), bs_here(dl), self.procs, n_batch=self.n_batch, k=self.k)
     self.cuts = est.name=='split'
     self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
 
@@ -94,7 +99,7 @@ def before_fit(self:BSFinder):
 @patch
 def _note_first(self:BSFinder, n):
     "The first batch has `n` items, which a loader of ready-made batches didn't know"
-    if self.search.bs is None: self._note_sizes(n, None)
+    if self.search.bs is None: self._note_sizes(n*self.procs.n, None)
     rows = set(first_dims((self.learn.xb,self.learn.yb)))
     if n==1 and len(rows)==1 and max(rows) > 1: warn(
         f"The loader says that a batch has one item, and its tensors have {max(rows)} rows each. It counts as one item, as a "
@@ -104,7 +109,8 @@ def _note_first(self:BSFinder, n):
 def _note_sizes(self:BSFinder, bs, n):
     "What the search is recorded with: its batch size, and that of the learner's own training"
     if bs is None: return # the loader can't tell before there is a batch
-    s,n_acc = self.search,self.known.get('n_acc', 0)
+    s,n_acc = self.search,self.known.get('n_acc', 0)*self.procs.n
+    s.n_procs = self.procs.n
     s.accumulator,s.at_rest = self.known.get('accumulator'),self.known.get('at_rest')
     s.drop_last = self.known.get('drop_last', getattr(self.learn.dls.train, 'drop_last', False))
     s.n_items = n or bs*len(self.learn.dls.train)
@@ -129,12 +135,23 @@ def _n(self:BSFinder):
 def before_batch(self:BSFinder):
     "Where batches can't be cut after all, go on with the estimator that does without"
     est = self.estimator
-    if not (est.refused and est.otherwise): return est.begin()
+    if not (est.refused and est.otherwise):
+        est.begin()
+        return self._average(est.synced)
     if not est.first: raise CancelBatchException() # the other parts of the batch that was refused
     warn(f"Batches are not cut into parts, so the search goes on with method={est.otherwise.name!r}: {est.refused}")
     params = est.params
     est.stop()
     self._start(est.otherwise, params)
+
+@patch
+def _average(self:BSFinder, now):
+    "Are the processes to average the gradients of the coming batch?"
+    model = getattr(self.learn, 'model', None)
+    model = getattr(model, '_orig_mod', model) # which may be compiled
+    if isinstance(model, DistributedDataParallel): model.require_backward_grad_sync = now
+    elif self.procs.n > 1 and not now: raise ValueError(
+        f"where several processes train together, the model is measured inside of a DistributedDataParallel, got {type(model)}")
 
 @patch
 def after_pred(self:BSFinder):
@@ -165,7 +182,7 @@ def _look(self:BSFinder):
     learn,est = self.learn,self.estimator
     if not self.loss_facts.seen:
         self._note_first(self.loaders[1].n)
-        self.loss_facts.look(getattr(learn, 'pred', None), learn.yb, self._n())
+        self.loss_facts.look(getattr(learn, 'pred', None), learn.yb, self._n(), self.procs)
         self.search.n_tokens,self.trained_by = self.loss_facts.n_tokens,(learn.loss_func,learn.opt)
     if self.n_looks < est.n_looks: est.check(learn.loss_func, getattr(learn, 'pred', None), learn.yb, self._n())
     self.n_looks += 1
@@ -196,7 +213,8 @@ def before_step(self:BSFinder):
     if not self.went_back:
         self.went_back = True # or somewhere else: never mind where
         est.unweighted()
-    est.add(self._n(), self.learn.xb, self.learn.yb)
+    n = self._n()
+    est.add(n, self.learn.xb, self.learn.yb, n*self.procs.n)
     if est.pair:
         scaler = vars(self.learn).get('scaler') # a model may have something of that name
         self.sums.add(est.pair, scaler and scaler.scale(torch.ones_like(self.learn.loss)))
@@ -204,7 +222,7 @@ def before_step(self:BSFinder):
     if not est.step_now: raise CancelBatchException()
     self.note_lr()
     if self.loss_facts.is_sum and est.divided: # the optimizer gets the gradient that it is used to
-        torch._foreach_mul_([p.grad for p in est.params if p.grad is not None], est.step_size)
+        torch._foreach_mul_([p.grad for p in est.params if p.grad is not None], est.step_size/self.procs.n)
 
 # %% ../nbs/11_finder.ipynb #e1b01cd8
 @patch
@@ -278,9 +296,6 @@ def _check_callbacks(learn, order):
         f"`learn.bs_find()` leaves {accumulating[0]} out by itself")
     if any(t.__name__=='GANTrainer' for o in learn.cbs for t in type(o).__mro__): raise ValueError(
         "a GAN trains two models in turns, each with a loss that the other one moves, so there is no one gradient to measure")
-    if any(type(o).__name__=='DistributedTrainer' for o in learn.cbs): raise ValueError(
-        "BSFinder measures within one process, and DistributedTrainer shares each batch among several: "
-        "search outside of `distrib_ctx`, on one of them")
     others = _other_optimizers(learn)
     if others: warn(
         f"the learner has further optimizers ({', '.join(others)}). If they train other parameters, or by another loss, what is "
@@ -318,6 +333,7 @@ class EndSearch(Callback):
 
     def before_fit(self):
         self.n,self.start = 0,time.perf_counter() # measurements so far
+        self.procs = processes_of(self.learn)
         if self.finder not in self.learn.cbs: raise ValueError(
             "EndSearch looks at a BSFinder in the same fit: pass both, as `cbs=[finder, EndSearch(finder, num_it)]`")
 
@@ -331,10 +347,11 @@ class EndSearch(Callback):
 
     def after_batch(self):
         finder,n = self.finder,len(self.finder.search.noise)
-        if n > self.n: finder.search.ended_by_tol = self.sure()
-        self.n = n
+        new,self.n = n > self.n,n
+        if new: finder.search.ended_by_tol = self.sure()
         done = self.num_it is not None and finder.n_seen >= self.num_it
-        done = done or (self.seconds is not None and n > 1 and time.perf_counter()-self.start > self.seconds)
+        look = self.seconds is not None and n > 1 and (new or self.procs.n==1) # several processes have to agree
+        done = done or (look and self.procs.anywhere(time.perf_counter()-self.start > self.seconds))
         if finder.search.ended_by_tol or finder.broke or done: raise CancelFitException()
 
 # %% ../nbs/11_finder.ipynb #06dfe25f
@@ -359,8 +376,8 @@ def _check_search(learn, finder, bs, num_it, wd):
     if num_it is not None and num_it//n_batch < 2: raise ValueError(
         f"bs_find needs at least 2 measurements: num_it={num_it} batches with n_batch={n_batch} gives {num_it//n_batch}. "
         "Raise num_it or lower n_batch")
-    bs = bs or batch_size(dl)
-    get_estimator(finder.method, learn.model, len(dl), bs, n_batch=n_batch, k=finder.k).check_size(bs)
+    procs,bs = processes_of(learn),bs//n_sharing(dl) if bs else bs_here(dl)
+    get_estimator(finder.method, learn.model, len(dl), bs, procs, n_batch=n_batch, k=finder.k).check_size(bs)
 
 # %% ../nbs/11_finder.ipynb #7e9e942f
 class _SearchProgress(Callback):
@@ -381,7 +398,7 @@ def _accumulation(learn, now):
     name,n_acc = type(acc).__name__,getattr(acc, 'n_acc', None)
     if not is_number(n_acc): warn(
         f"{name} accumulates gradients, and has no number `n_acc` that says of how many items, so the table and the learning "
-        f"rates take the loader's batch of {now} for the current one", stacklevel=5)
+        f"rates take the loader's batch of {now} for the current one", stacklevel=6)
     return dict(accumulator=name, n_acc=n_acc if is_number(n_acc) else 0)
 
 def _mock_training(learn, end, lr, bs, wd, rehearsal=None):
@@ -416,7 +433,7 @@ def _search(learn, end, *args):
             f"the training failed on a part of a batch ({what}). Where the model or its loss needs whole ones, "
             "use method='accumulate'") from e
         warn(f"The training failed on a part of a batch ({what}), so the search begins anew with method='accumulate'",
-             stacklevel=3)
+             stacklevel=4)
     finder.method = 'accumulate'
     _mock_training(learn, end, *args)
 
@@ -455,14 +472,14 @@ def _why_nothing(learn, finder):
 
 def _renew_profile(learn, rec, wanted, seconds):
     "Forget a profile of another model or other data; make a new one where it is `wanted`, and lose nothing if there can't be one"
-    if rec.profile.key == profile_key(learn): return
+    if not processes_of(learn).anywhere(rec.profile.key!=profile_key(learn)): return
     rec.keep(profile=Profile())
     if not wanted: return
     why = ''
     try: learn.bs_profile(show_plot=False, limit=max(1e-3, seconds))
     except Exception as e: why = f'{type(e).__name__}: {e}'
     if rec.profile.largest_fit is None: warn(
-        f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=3)
+        f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=4)
 
 # %% ../nbs/11_finder.ipynb #b27c19c2
 _sure_enough,_least_points = .2,4 # `tol` of a search within the recipe, and trainings before that may end it
@@ -508,13 +525,14 @@ def _race_sizes(rec, races, is_sum):
 def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
     "The noise scale after short trainings on batches in other orders: a row for each, from all of them so far"
     finder,asked,tol,n_batch,start = end.finder,end.num_it,end.tol,end.finder.n_batch,time.perf_counter()
-    racers,points,res,n,facts = [],RunningNoiseScale(1.),None,0,None
+    racers,points,res,n,facts,procs = [],RunningNoiseScale(1.),None,0,None,races.procs
     windows = max(1, math.ceil(asked//n_batch/_points)) if asked else math.ceil(_batches/n_batch)
-    def left(): return math.inf if asked else seconds-(time.perf_counter()-start)
+    def left(): return math.inf if asked else procs.least(seconds-(time.perf_counter()-start))
     def sure(): return len(points.rows) >= _least_points and res.within(tol or _sure_enough)
     def over():
         if asked: return asked-n < n_batch or (tol is not None and sure())
-        return sure() or left() < (seconds-left())/len(racers) or (tol is None and len(racers) >= _points)
+        rest = left()
+        return sure() or rest < (seconds-rest)/len(racers) or (tol is None and len(racers) >= _points)
     def rehearsal():
         until = time.perf_counter()+max(0., left())
         racers.append(races.fit(races.race.bs, races.race.rate, n_steps, until, order=len(racers)))
@@ -540,9 +558,9 @@ def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
 # %% ../nbs/11_finder.ipynb #b27c19c3
 def _recipe(learn, rec, end, bs, wd, seconds, wanted):
     "Race rates, measure at the best, race batch sizes"
-    start,finder = time.perf_counter(),end.finder
+    start,finder,procs = time.perf_counter(),end.finder,processes_of(learn)
     if wanted: _renew_profile(learn, rec, wanted, _shares['profile']*seconds)
-    races,n = _race_rate(learn, rec, bs, wd, seconds-(time.perf_counter()-start))
+    races,n = _race_rate(learn, rec, bs, wd, procs.least(seconds-(time.perf_counter()-start)))
     race = races.race
     try:
         if race.lr is None: raise ValueError(
@@ -564,13 +582,31 @@ def _recipe(learn, rec, end, bs, wd, seconds, wanted):
 _largest = 2**60 # batch size that a learning rate can be computed for
 
 def _answer(rec, funcs, kind):
-    "The suggestions, and the learning rate (and epochs) for the fastest; or the first, where nobody asked for that"
+    "The suggestions, and the learning rate and what goes with it for the fastest; or the first, where nobody asked for that"
     bss = [None if needs_profile(f) and rec.profile.largest_fit is None else f(rec) for f in funcs]
     by_name = dict(zip(map(suggestion_name, funcs), bss))
     bs = by_name.get('fastest') or next((o for o in bss if is_whole(o) and 0 < o <= _largest), rec.search.train_bs)
-    if not rec.search.epochs: return kind(*bss, lr_at(rec, bs))
-    if rec.profile.largest_fit and bs!=rec.search.train_bs: rec.search.in_epochs = in_epochs(rec, bs)
-    return kind(*bss, lr_at(rec, bs), epochs_at(rec, bs))
+    search,epochs = rec.search,()
+    if search.epochs:
+        if rec.profile.largest_fit and bs!=search.train_bs: search.in_epochs = in_epochs(rec, bs)
+        epochs = epochs_at(rec, bs),
+    return kind(*bss, lr_at(rec, bs), *epochs, *[per_process(rec, bs)]*(search.n_procs > 1))
+
+# %% ../nbs/11_finder.ipynb #b27c19c7
+def _measured(learn, rec, end, lr, bs, wd, seconds, epochs, wanted):
+    "Measure: by the recipe, or with the learning rate that was given"
+    finder,procs,start = end.finder,processes_of(learn),time.perf_counter()
+    try:
+        with unstalled(device_of(learn)):
+            if end.num_it is None and lr is not None: end.seconds = seconds*2/3
+            if lr is None: _recipe(learn, rec, end, bs, wd, seconds, wanted)
+            else:
+                _search(learn, end, as_lr(lr, n_groups(learn)), bs, wd)
+                left = procs.least(seconds-(time.perf_counter()-start))
+                if finder.search.noise: _renew_profile(learn, rec, wanted, min(20, max(seconds/6, left)))
+    finally:
+        finder.search.epochs = epochs
+        if finder.search.noise: rec.keep(search=finder.search)
 
 # %% ../nbs/11_finder.ipynb #b27c19c8
 def _check_epochs(epochs):
@@ -593,28 +629,19 @@ def bs_find(self:Learner,
     **kwargs
 ): # Named tuple of the suggestions, one field per function, and `lr`, the peak of the learning rate for `fit_one_cycle`
     "Launch a mock training to find a good batch size and return suggestions; `learn.recorder` keeps the measurements"
-    funcs,finder,start = tuplify(suggest_funcs),BSFinder(**kwargs),time.perf_counter()
-    SuggestedBSs,end = _result_type(funcs, 'lr', *['epochs']*(epochs is not None)),EndSearch(finder, num_it, tol)
-    _check_search(self, finder, bs, num_it, wd)
-    check_seconds(seconds)
-    _check_epochs(epochs)
-    rec,wanted = BSRecorder.of(self),any(map(needs_profile, funcs))
-    try:
-        with unstalled(device_of(self)):
-            if num_it is None and lr is not None: end.seconds = seconds*2/3
-            if lr is None: _recipe(self, rec, end, bs, wd, seconds, wanted)
-            else:
-                _search(self, end, as_lr(lr, n_groups(self)), bs, wd)
-                if finder.search.noise: _renew_profile(
-                    self, rec, wanted, min(20, max(seconds/6, seconds-(time.perf_counter()-start))))
-    finally:
-        finder.search.epochs = epochs
-        if finder.search.noise: rec.keep(search=finder.search) # also where an error or an interrupt ended it
-    if not finder.search.noise:
-        return warn(f"bs_find made no measurement, so it has no suggestion{_why_nothing(self, finder)}", stacklevel=2)
-    _warn_of_result(rec, finder)
-    if not funcs: return rec.plot_bs_find() if show_plot else None
-    sugg = _answer(rec, funcs, SuggestedBSs)
-    if show_plot: rec.plot_bs_find(suggestions=sugg[:len(funcs)], nms=sugg._fields[:len(funcs)])
-    if show_plot and raced(rec): rec.plot_lr_race()
-    return sugg
+    funcs,finder = tuplify(suggest_funcs),BSFinder(**kwargs)
+    with together(self) as procs:
+        more = ['epochs']*(epochs is not None) + ['per_process']*(procs.n > 1)
+        SuggestedBSs,end = _result_type(funcs, 'lr', *more),EndSearch(finder, num_it, tol)
+        _check_search(self, finder, bs, num_it, wd)
+        check_seconds(seconds)
+        _check_epochs(epochs)
+        rec = BSRecorder.of(self)
+        _measured(self, rec, end, lr, bs, wd, seconds, epochs, any(map(needs_profile, funcs)))
+        if not finder.search.noise:
+            return warn(f"bs_find made no measurement, so it has no suggestion{_why_nothing(self, finder)}", stacklevel=2)
+        _warn_of_result(rec, finder)
+        sugg,show_plot = _answer(rec, funcs, SuggestedBSs) if funcs else None,show_plot and procs.rank==0
+        if show_plot: rec.plot_bs_find(suggestions=(sugg or ())[:len(funcs)], nms=SuggestedBSs._fields[:len(funcs)])
+        if show_plot and funcs and raced(rec): rec.plot_lr_race()
+        return sugg

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['estimators', 'sq_norm', 'Pair', 'Measurement', 'PairSums', 'check_counts', 'Estimator', 'AccumulateEstimator',
            'is_additive', 'is_separable', 'SplitEstimator', 'PerExampleEstimator', 'SequentialEstimator', 'L1Estimator',
-           'auto_method', 'check_method', 'get_estimator']
+           'DistributedEstimator', 'auto_method', 'check_method', 'get_estimator']
 
 # %% ../nbs/06_gradients.ipynb #75ffd576
 import inspect, math
@@ -21,6 +21,7 @@ from .stats import is_whole, noise_and_scale
 from .state import Saved, saved_random_state
 from .loaders import MicroBatches, cut_dims, items_of, part, tensors
 from .losses import n_tokens
+from .distributed import Processes, alone
 
 # %% ../nbs/06_gradients.ipynb #e50dcc4d
 def _norm(t):
@@ -55,7 +56,9 @@ class Measurement(NamedTuple):
 
 class PairSums:
     "Sums over pairs and losses, on the device"
-    def __init__(self): self.pairs,self.loss = None,None
+    def __init__(self,
+        procs:Processes=alone # Those that train together
+    ): self.procs,self.pairs,self.loss = procs,None,None
 
     def add_loss(self,
         loss:Tensor # Of a batch
@@ -75,12 +78,12 @@ class PairSums:
         self.pairs = sums if self.pairs is None else self.pairs+sums
 
     def take(self)->Measurement: # None if there was not even a loss
-        "Hand over the sums and begin anew: here, and only here, we wait for the device"
+        "Hand over the sums and begin anew: here, and only here, we wait for the device and for other processes"
         pairs,loss = self.pairs,self.loss
         self.pairs,self.loss = None,None
         if loss is None: return
         if pairs is None: pairs = torch.zeros(4, device=loss.device)
-        noise,scale,n,n_bad,loss = torch.cat([pairs, loss.to(pairs).view(1)]).tolist()
+        noise,scale,n,n_bad,loss = self.procs.mean(torch.cat([pairs, loss.to(pairs).view(1)])).tolist()
         return Measurement(noise/n if n else 0., scale/n if n else 0., n, n_bad, loss)
 
 # %% ../nbs/06_gradients.ipynb #5d7f9c63
@@ -100,6 +103,8 @@ class Estimator:
     n_batch = 5 # Batches in a measurement, where nobody says
     min_bs = 1 # The fewest items that a batch may have
     own_gradients = False # Does it compute gradients beside those of the training?
+    procs,several = alone,False # The processes that train together; can it be used with several?
+    synced = True # With several processes: are the gradients of this batch averaged over them as they are computed?
     first,batch_done = True,True # Is this the first batch, or the last, of a batch of the loader?
     refused,otherwise = None,None # The error that a batch was refused with, and an estimator to go on with in that case
     n_looks = 1 # Batches that `check` wants to see
@@ -234,7 +239,7 @@ def divided(self:Estimator):
 # %% ../nbs/06_gradients.ipynb #f5e3c7ae
 class AccumulateEstimator(Estimator):
     "Hold the weights for `n_batch` batches, then step with their mean gradient (arXiv 1812.06162, appendix A.1, on one device)"
-    name,hooks,norms,sums = 'accumulate',{},(),None
+    name,several,hooks,norms,sums = 'accumulate',True,{},(),None
     def start(self, params, model=None, loss_func=None, weighted=True):
         super().start(params, model, loss_func, weighted)
         self.norms,self.once,self.sums,self.by_hand,self.hooks = [],set(),None,not weighted,{}
@@ -284,6 +289,8 @@ def begin(self:AccumulateEstimator):
         self._new_window()
     if self.by_hand:
         for p in self.params: p.grad = None
+    last = self.n%self.n_window==self.n_window-1
+    self.synced = last and not self.by_hand and (self.checked or self.n_window > 1)
 
 @patch
 def unweighted(self:AccumulateEstimator): self.weighted,self.by_hand = False,True
@@ -312,7 +319,7 @@ def _check(self:AccumulateEstimator):
     "Is what the hooks saw what has become of the gradients? Other hooks may come after ours"
     self.checked = True
     seen,there = torch.stack([_sum_sq(self.norms), sq_norm(self.grads())]).tolist()
-    if math.isfinite(seen+there) and not math.isclose(seen, there, rel_tol=.02): self.by_hand = True
+    self.by_hand = self.procs.anywhere(math.isfinite(seen+there) and not math.isclose(seen, there, rel_tol=.02))
 
 @patch
 def _by_hand(self:AccumulateEstimator):
@@ -324,11 +331,17 @@ def _by_hand(self:AccumulateEstimator):
     return sq_norm(grads.values())
 
 @patch
-def big(self:AccumulateEstimator):
+def _to_mean(self:AccumulateEstimator):
+    "Let the gradients be the mean over the window, in this process"
     if self.by_hand:
         for p,g in self.sums.items(): p.grad = g
         self.sums = None
     if self.size != self.bs_first: torch._foreach_mul_(self.grads(), self.bs_first/self.size) # from the sum to the mean
+
+@patch
+def big(self:AccumulateEstimator):
+    self._to_mean()
+    if not self.synced: self.procs.average(self.params)
     return sq_norm(self.grads())
 
 AccumulateEstimator.divided = True # with or without hooks
@@ -442,7 +455,7 @@ def _alone(b): return tuple(o[None] for o in b)
 
 class PerExampleEstimator(Estimator):
     "Take the gradient of each example of a batch (`torch.func`) and step on every batch: unbiased along its trajectory"
-    name,min_bs,own_gradients = 'per_example',2,True
+    name,several,min_bs,own_gradients = 'per_example',True,2,True
     def __init__(self,
         n_floats:int=2**24 # Numbers that the gradients held at a time may have, 64 MB in float32; one gradient is always held
     ):
@@ -504,7 +517,7 @@ def check(self:PerExampleEstimator, loss_func, pred, yb, n=None):
 # %% ../nbs/06_gradients.ipynb #96292c84
 class SequentialEstimator(Estimator):
     "Step on every batch and compare `n_batch` consecutive gradients with their mean: biased as soon as the weights move"
-    name = 'sequential'
+    name,several = 'sequential',True
     def start(self, params, model=None, loss_func=None, weighted=True):
         super().start(params, model, loss_func, weighted)
         self.sums = None
@@ -524,6 +537,10 @@ class SequentialEstimator(Estimator):
             self.sums[p].add_(p.grad, alpha=bs*w)
 
     def big(self): return sq_norm(self.sums.values()) / self.size**2
+
+    def _finish(self): # its small gradients are those of whole steps, of all processes
+        super()._finish()
+        if self.pair: self.pair = self.pair._replace(b_small=self.size_all/self.n)
 
 # %% ../nbs/06_gradients.ipynb #5b1c0002
 def _dense(grad): return (grad.to_dense() if grad.is_sparse else grad).float()
@@ -563,8 +580,13 @@ class L1Estimator(AccumulateEstimator):
 # %% ../nbs/06_gradients.ipynb #5b1c0004
 @patch
 def _finish(self:L1Estimator):
-    self.big() # the gradients are those of the whole window now
-    if self.n < 2: return
+    self._to_mean()
+    if self.n > 1: self._measure()
+    self.procs.average(self.params)
+
+@patch
+def _measure(self:L1Estimator):
+    "From what this process has seen"
     n,size,half,b = self.n,self.size,self.size_other,self.bs_first
     means = {p: _dense(p.grad) for p in self.squares}
     sigma = _l1(((self.squares[p]*b-m.square()*size).clamp(min=0)/(n-1)).sqrt() for p,m in means.items())
@@ -575,16 +597,33 @@ def _finish(self:L1Estimator):
     self.pair = Pair(scale+noise/(size/n), scale+noise/self.size_all, size/n, self.size_all)
     self.squares,self.every_other = {},{}
 
+# %% ../nbs/06_gradients.ipynb #5b1d0002
+class DistributedEstimator(AccumulateEstimator):
+    "Step on every batch, and compare each process's gradient with the average of all (arXiv 1812.06162, appendix A.1)"
+    name = 'distributed'
+    def __init__(self):
+        super().__init__()
+        self.n_window = 1
+
+    def start(self, params, model=None, loss_func=None, weighted=True):
+        if self.procs.n < 2: raise ValueError(
+            "method='distributed' compares the gradients of several processes, and here is one: use it inside of "
+            "`learn.distrib_ctx()`, in a script that `torchrun` starts")
+        super().start(params, model, loss_func, weighted)
+
 # %% ../nbs/06_gradients.ipynb #dce72255
-estimators = {o.name: o for o in (AccumulateEstimator, SplitEstimator, PerExampleEstimator, SequentialEstimator, L1Estimator)}
+_all = AccumulateEstimator,SplitEstimator,PerExampleEstimator,SequentialEstimator,L1Estimator,DistributedEstimator
+estimators = {o.name: o for o in _all}
 
 def auto_method(
     model:nn.Module, # The model to be trained
     n_batch:int, # Batches in a window of `accumulate`
     n_epoch:int, # Batches in an epoch
-    bs:int=None # Examples in a batch, where that is known
+    bs:int=None, # Examples in a batch, where that is known
+    several:bool=False # Do several processes train together?
 )->str: # Name of an estimator
-    "'accumulate', unless its window is more than half of the training set and batches can be cut: then 'split'"
+    "'accumulate', unless its window is more than half of the training set: then 'distributed', or 'split' if batches can be cut"
+    if several: return 'distributed' if n_batch > n_epoch/2 else 'accumulate'
     tied = hasattr(model, 'reset') or any(isinstance(m, _batch_norms) for m in model.modules())
     small = bs is not None and bs < SplitEstimator.min_bs
     return 'split' if n_batch > n_epoch/2 and not tied and not small else 'accumulate'
@@ -605,14 +644,18 @@ def get_estimator(
     method:str|Estimator, # Name in `estimators`, 'auto', or an estimator
     model:nn.Module, # The model to be trained
     n_epoch:int, # Batches in an epoch
-    bs:int=None, # Examples in a batch, where that is known
+    bs:int=None, # Examples in a batch of one process, where that is known
+    procs:Processes=alone, # Those that train together
     **options # `n_batch` and what else estimators take
 )->Estimator: # Not started yet
     "The estimator for a model and its data"
     check_method(method)
-    if isinstance(method, Estimator): return method
     auto = method=='auto'
-    if auto: method = auto_method(model, options['n_batch'], n_epoch, bs)
-    res = _create(method, options)
-    if auto and method!='accumulate': res.otherwise = _create('accumulate', options)
+    if auto: method = auto_method(model, options['n_batch'], n_epoch, bs, procs.n > 1)
+    res = method if isinstance(method, Estimator) else _create(method, options)
+    if auto and method=='split': res.otherwise = _create('accumulate', options)
+    res.procs = procs
+    if procs.n > 1 and not res.several: raise ValueError(
+        f"{type(res).__name__} doesn't say that it can be used where several processes train together (`several = True`), "
+        "as the estimators of this package do")
     return res

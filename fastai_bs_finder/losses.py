@@ -17,6 +17,7 @@ from fastai.torch_core import apply
 from .callbacks import is_installed
 from .loaders import items_of, tensors, twice
 from .state import Saved, saved_random_state
+from .distributed import Processes, alone
 
 # %% ../nbs/05_losses.ipynb #05a00001
 @contextmanager
@@ -94,10 +95,14 @@ class LossFacts:
     def look(self,
         pred:Tensor, # Predictions of the first batch
         yb:tuple, # Its targets
-        n:int=None # Items in it
+        n:int=None, # Items in it
+        procs:Processes=alone # Those that train together, of which each has a batch
     ):
         "Find out from one batch what kind of loss it is; `guessed` says that it didn't tell"
         self.how,self.n_tokens,self.seen = self.how or reduction(self.loss_func, pred, yb, n), n_tokens(pred, yb), True
+        kinds = None,'mean','sum'
+        how,tokens = procs.most(kinds.index(self.how), self.n_tokens or 0) # all of them take it for the same
+        self.how,self.n_tokens = kinds[round(how)],round(tokens) or None
         self.guessed = self.how is None
 
     @property

@@ -29,6 +29,7 @@ from .stats import is_number
 from .callbacks import accumulates
 from .state import check_learner, check_loss, check_target, preserve, saved_random_state
 from .loaders import batch_size, check_loader, whole_batches
+from .distributed import alone, processes_of, together
 from .recorder import BSRecorder, Search, legend_above
 from .profile import device_of, give_back, out_of_memory, unstalled
 
@@ -232,10 +233,11 @@ class Racer(Callback):
     def __init__(self,
         n_steps:int, # Of the optimizer
         until:float=math.inf # The time, by `time.perf_counter()`, at which it gives up
-    ): self.n_steps,self.until = n_steps,until
+    ): self.n_steps,self.until,self.procs,self.n_shared = n_steps,until,alone,0
 
     def before_fit(self):
-        self.losses,self.k,self.lost,self.late = [],0,False,False
+        self.losses,self.k,self.lost,self.late,self.n_shared = [],0,False,False,0
+        self.procs = processes_of(self.learn)
         self.lrs,self.times = [o['lr'] for o in self.opt.hypers],[time.perf_counter()]
 
     def before_batch(self):
@@ -249,10 +251,19 @@ class Racer(Callback):
 
     def after_batch(self):
         self.losses.append(torch.as_tensor(self.learn.loss).detach().float().mean())
-        if len(self.losses)%_often==0 or self.k >= self.n_steps: self._look() # which waits for the device
+        look = len(self.losses)%_often==0 or self.k >= self.n_steps
+        if look: self._look() # which waits for the device, and for other processes
         self.times.append(time.perf_counter())
-        self.late = self.late or self.times[-1] > self.until
+        if look or self.procs.n==1: self.late = self.late or self.procs.anywhere(self.times[-1] > self.until)
         if self.lost or self.late or self.k >= self.n_steps: raise CancelFitException()
+
+    def after_fit(self): self._share()
+
+    def _share(self):
+        "A loss is the mean of those of all processes"
+        if self.procs.n > 1 and len(self.losses) > self.n_shared:
+            self.losses[self.n_shared:] = self.procs.mean(torch.stack(self.losses[self.n_shared:])).unbind()
+        self.n_shared = len(self.losses)
 
     def score(self)->float:
         "The mean of the last losses"
@@ -260,6 +271,7 @@ class Racer(Callback):
 
     def _look(self):
         "Has it diverged?"
+        self._share()
         first,last = torch.stack(self.losses[:_often]).max().item(),torch.stack(self.losses[-_often:]).mean().item()
         self.lost = not math.isfinite(last) or 0 < _apart*first < last
 
@@ -396,26 +408,28 @@ class Races:
         wd:float=None # Weight decay; None: `learn.wd`
     ):
         self.learn,self.lr,self.wd,self.seconds = learn,as_lr(learn.lr if lr is None else lr, n_groups(learn)),wd,seconds
-        self.acc = next((o for o in learn.cbs if accumulates(o)), None)
+        self.procs,self.acc = processes_of(learn),next((o for o in learn.cbs if accumulates(o)), None)
         bs,n_acc = batch_size(learn.dls.train),getattr(self.acc, 'n_acc', None)
-        self.loader_bs,self.own_bs = bs,bs*math.ceil(n_acc/bs) if bs and is_number(n_acc) else bs # None: the loader can't tell
+        self.loader_bs,self.own_bs = bs,bs # None: the loader can't tell
+        if bs and is_number(n_acc): self.own_bs = bs*math.ceil(n_acc*self.procs.n/bs)
         self.race,self.took,self.start = Race(self.lr),{},time.perf_counter() # `took`: until the first batch, of a step
         self.bar = progress_bar(range(100), leave=False) if learn._grab_cbs(ProgressCallback) else None
         if self.bar is not None: self.bar.update(0)
 
     @property
     def until(self): return self.start+self.seconds
-    def left(self)->float: return self.until-time.perf_counter()
+    def left(self)->float: return self.procs.least(self.until-time.perf_counter())
 
     def progress(self, done=False):
-        if self.bar is None: return
-        self.bar.update(100 if done else min(99, int(100*(1-max(0, self.left())/self.seconds))))
+        if self.bar is None: return # as in all processes but the first
+        left = max(0, self.until-time.perf_counter())
+        self.bar.update(100 if done else min(99, int(100*(1-left/self.seconds))))
         if done: self.bar.on_iter_end()
 
     def fit(self, bs, rate, n_steps, until=math.inf, order=0)->Racer:
         "Train a racer, on the batches of this `order`; the learner isn't put back"
         learn,racer = self.learn,Racer(n_steps, until)
-        set_seed(order)
+        set_seed(order*self.procs.n+self.procs.rank)
         if hasattr(learn.dls.train, 'rng'): learn.dls.train.rng = random.Random(order)
         learn.model.zero_grad(set_to_none=True)
         cbs = [racer] + ([self.acc] if self.acc and bs==self.own_bs else [])
@@ -429,7 +443,7 @@ class Races:
 def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
     "Run one racer"
     try:
-        with preserve(self.learn):
+        with self.procs.one_fate(), preserve(self.learn):
             if bs!=self.own_bs: self.learn.dls.train = whole_batches(self.learn.dls.train, bs)
             with unstalled(device_of(self.learn)): return self.fit(bs, rate, n_steps, self.until)
     except Exception as e:
@@ -443,7 +457,7 @@ def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
 @patch
 def _time(self:Races, bs, racer):
     start,first,last = racer.times[0],racer.times[min(1, len(racer.times)-1)],racer.times[-1]
-    self.took[bs] = first-start, (last-first)/max(1, racer.k-1)
+    self.took[bs] = self.procs.most(first-start, (last-first)/max(1, racer.k-1)) # the slowest counts
 
 @patch
 def expected(self:Races, bs, n_steps)->float:
@@ -466,6 +480,7 @@ def run(self:Races,
     racer = self.train(bs, rate, n_steps)
     self.progress()
     n = self.loader_bs if self.acc and bs==self.own_bs else bs
+    if n: n //= self.procs.n # a loss is that of a batch of one process
     row = dict(bs=bs, n_steps=n_steps, lr=rate, loss=math.inf, lost=True, losses=[], n=n, seconds=0.) # if memory was used up
     if racer is not None:
         if not (racer.k or racer.late or racer.lost): raise ValueError(
@@ -774,20 +789,19 @@ def lr_race(self:Learner,
     show_plot:bool=True # Draw the losses of the racers
 )->tuple: # `lr`, the peak for `fit_one_cycle` (a constant rate: 0.7 of it), and `low` and `high`, between which rates do as well
     "Let learning rates race from where the learner stands, and return the best; the learner is left as it was"
-    check_learner(self)
-    check_loader(self.dls.train, bs)
-    check_seconds(seconds)
-    if any(type(o).__name__=='DistributedTrainer' for o in self.cbs): raise ValueError(
-        "lr_race trains in one process: call it outside of `distrib_ctx`, on one of them")
-    rec,races = BSRecorder.of(self),Races(self, lr, seconds, wd)
-    race,bs = races.race,races.own_bs if bs is None else int(bs)
-    try:
-        with unstalled(device_of(self)): races.find(bs, races.steps_for(bs, seconds), top_lr(races.lr))
-    finally: # what was raced before an interrupt is kept, too
-        races.progress(done=True)
-        if race.rows: rec.keep(race=race)
-    if race.lr is None: raise ValueError(
-        f"no learning rate got through: {race.ended or 'all of them diverged'}. "
-        "Try fewer items in a batch, more `seconds`, or look at the loss with `learn.fit`")
-    if show_plot: rec.plot_lr_race()
-    return RacedLR(race.lr, *map(race.of_kind, (race.low,race.high)))
+    with together(self) as procs:
+        check_learner(self)
+        check_loader(self.dls.train, bs)
+        check_seconds(seconds)
+        rec,races = BSRecorder.of(self),Races(self, lr, seconds, wd)
+        race,bs = races.race,races.own_bs if bs is None else int(bs)
+        try:
+            with unstalled(device_of(self)): races.find(bs, races.steps_for(bs, seconds), top_lr(races.lr))
+        finally: # what was raced before an interrupt is kept, too
+            races.progress(done=True)
+            if race.rows: rec.keep(race=race)
+        if race.lr is None: raise ValueError(
+            f"no learning rate got through: {race.ended or 'all of them diverged'}. "
+            "Try fewer items in a batch, more `seconds`, or look at the loss with `learn.fit`")
+        if show_plot and procs.rank==0: rec.plot_lr_race()
+        return RacedLR(race.lr, *map(race.of_kind, (race.low,race.high)))

@@ -26,6 +26,7 @@ from .losses import LossFacts
 from .recorder import BSRecorder, Search
 from .state import saved_random_state, trainable
 from .loaders import batch_size, first_dims, n_items, tensors
+from .distributed import alone, processes_of
 from .profile import device_of, give_back, out_of_memory, synchronize
 from .lr import is_adaptive
 
@@ -75,6 +76,7 @@ class NoiseScaleMonitor(Callback):
         self.every,self.cost,self.running,self.search = every,cost,RecentNoiseScale(tol),Search()
         self.rng,self.n_seen,self.names,self.params,self.window,self.begun = random.Random(0),0,[],[],None,False
         self.seen,self.cleared,self.accumulator,self.refused,self.budget = 0,False,None,None,Budget(_timed*cost)
+        self.procs,self.wait = alone,1
 
     def state_dict(self)->dict: # Plain numbers and strings
         "What it takes to go on in another session"
@@ -112,6 +114,7 @@ columns = 'noise','scale','noise_scale','lower','upper'
 def before_fit(self:NoiseScaleMonitor):
     "Show the record in the recorder's columns"
     self._stop()
+    self.procs = processes_of(self.learn)
     self.begun,self.run = False,not hasattr(self.learn, 'lr_finder') # that is no training
     if self.run: self._show()
 
@@ -145,20 +148,20 @@ def _trained(self:NoiseScaleMonitor):
     "Names of the parameters that are trained, and they themselves"
     params = trainable(p for pl in self.opt.param_lists for p in pl)
     ids = {id(o) for o in params}
-    return [k for k,o in self.model.named_parameters() if id(o) in ids],params
+    return [k.removeprefix('module.'*(self.procs.n > 1)) for k,o in self.model.named_parameters() if id(o) in ids],params
 
 @patch
 def _begin(self:NoiseScaleMonitor):
     learn = self.learn
     before,(self.names,params) = self.names,self._trained()
     if before not in ([],self.names): self.running = RecentNoiseScale(self.running.tol)
-    self.params,self.sums,self.facts,self.whole = params,PairSums(),LossFacts(learn.loss_func),None
-    self.begun,self.refused,self.seen,self.measured,self.cleared = True,None,0,0,False
+    self.params,self.sums,self.facts,self.whole = params,PairSums(self.procs),LossFacts(learn.loss_func),None
+    self.begun,self.refused,self.seen,self.measured,self.cleared,self.wait = True,None,0,0,False,1
     self.checked,self.sure = False,False # is the gradient right, and a row an item?
     self.accumulator = next((o for o in learn.cbs if accumulates(o) or hasattr(o, 'n_acc')), None)
     bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
     self.search = Search(n_items=n_items(learn.dls.train) or math.inf, bs=self.bs, train_bs=self.bs,
-                         adaptive=is_adaptive(self.opt), batch_norm=bn, watched=True)
+                         n_procs=self.procs.n, adaptive=is_adaptive(self.opt), batch_norm=bn, watched=True)
     if 'recorder' in vars(learn): self.search.losses = learn.recorder.losses
     self._note_accumulation()
     self.budget = Budget(_timed*self.cost)
@@ -167,6 +170,7 @@ def _begin(self:NoiseScaleMonitor):
 def _note_accumulation(self:NoiseScaleMonitor):
     "How many items make a step"
     n_acc,s = getattr(self.accumulator, 'n_acc', None),self.search
+    if is_number(n_acc): n_acc *= self.procs.n
     if not (s.bs and is_number(n_acc) and n_acc > s.bs): return
     s.micro_bs,s.train_bs,s.accumulator = s.bs,math.ceil(n_acc/s.bs)*s.bs,type(self.accumulator).__name__
 
@@ -223,7 +227,8 @@ class Budget:
 @patch
 def due(self:NoiseScaleMonitor)->bool:
     "Is it time for a measurement?"
-    return self.seen-self.measured >= self.every if self.every else self.budget.allows()
+    if self.every or self.procs.n > 1: return self.seen-self.measured >= (self.every or self.wait)
+    return self.budget.allows()
 
 @patch
 def _starts(self:NoiseScaleMonitor):
@@ -234,7 +239,12 @@ def _starts(self:NoiseScaleMonitor):
 def several(self:NoiseScaleMonitor)->bool:
     "Do several batches make a step?"
     n_acc = getattr(self.accumulator, 'n_acc', None)
-    return self.accumulator is not None and not (is_number(n_acc) and self.bs and n_acc <= self.bs)
+    return self.accumulator is not None and not (is_number(n_acc) and self.bs and n_acc*self.procs.n <= self.bs)
+
+@patch
+def windowed(self:NoiseScaleMonitor)->bool:
+    "Are there several gradients to compare anyway, of several batches or of several processes?"
+    return self.procs.n > 1 or self.several()
 
 @patch
 def before_batch(self:NoiseScaleMonitor):
@@ -242,7 +252,7 @@ def before_batch(self:NoiseScaleMonitor):
     if not self.params: self.cleared = False # the monitor has come in the middle of an epoch, or somebody has made predictions
     self.fresh,self.cleared,self.sq,self.whole = self.cleared,True,None,None
     self.seen,self.n_seen = self.seen+1,self.n_seen+1
-    if not self.refused and self.several() and self.fresh and not self.window and self.due():
+    if not self.refused and self.windowed() and self.fresh and not self.window and self.due():
         self._starts()
         self.window = Window(self.params)
 
@@ -273,7 +283,7 @@ def before_backward(self:NoiseScaleMonitor):
     self.search.lr = max(self.search.lr or 0., self.opt.hypers[-1]['lr']) # of a schedule, its peak
     if self.window and not self.facts.seen:
         with self._guarded(): self._look(None)
-    if self.refused or self.window or self.several() or not (self.fresh and self.due()): return
+    if self.refused or self.window or self.windowed() or not (self.fresh and self.due()): return
     self._starts()
     with self._guarded(), self.budget.spend(device_of(self.learn)), beside(self.model): self._noise()
 
@@ -283,7 +293,7 @@ def _guarded(self:NoiseScaleMonitor):
     "Whatever goes wrong in here ends the watching, and not the training"
     try: yield
     except Exception as e:
-        self._stop()
+        if self.procs.n==1: self._stop() # several processes end it together
         self.refused = f'{type(e).__name__}: {e}'
         if out_of_memory(e): give_back(device_of(self.learn))
         warn(f"The noise scale is not watched any more, and the training goes on without ({self.refused})")
@@ -300,7 +310,7 @@ def _noise(self:NoiseScaleMonitor):
 @patch
 def _look(self:NoiseScaleMonitor, n):
     "What kind of loss is it?"
-    self.facts.look(getattr(self.learn, 'pred', None), self.learn.yb, n)
+    self.facts.look(getattr(self.learn, 'pred', None), self.learn.yb, n, self.procs)
     self.search.n_tokens = self.facts.n_tokens
 
 @patch
@@ -318,7 +328,7 @@ def _n_rows(self:NoiseScaleMonitor):
 @patch
 def after_backward(self:NoiseScaleMonitor):
     "Take the training's own gradient"
-    if not (self.window or self.sq is not None) or not self._grads(): return # none: somebody has cancelled the backward pass
+    if self.refused or not (self.window or self.sq is not None) or not self._grads(): return # none: somebody has cancelled the backward pass
     self._note_step()
     with self._guarded():
         if self.window: return self._accumulated()
@@ -351,12 +361,13 @@ def _grads(self:NoiseScaleMonitor): return [p.grad for p in self.params if p.gra
 @patch
 def _add(self:NoiseScaleMonitor, pair, n_loss):
     "Take a pair in, of losses of `n_loss` items: the averages and the record"
-    rec,search,n = BSRecorder.of(self.learn),self.search,pair.b_big
-    if self.facts.is_sum: pair = pair._replace(small=pair.small/n_loss**2, big=pair.big/n_loss**2)
+    rec,search = BSRecorder.of(self.learn),self.search
+    if pair and self.facts.is_sum: pair = pair._replace(small=pair.small/n_loss**2, big=pair.big/n_loss**2)
     self.sums.add_loss(self.learn.loss)
-    self.sums.add(pair, self.loss_scale)
+    if pair: self.sums.add(pair, self.loss_scale) # if not, other processes have one
     m = self.sums.take()
-    if not m.n_examples: return # gradients that are NaN or infinite
+    n = round(m.n_examples)
+    if not n: return # gradients that are NaN or infinite
     self.running.add(self.n_seen, m.noise, m.scale, n)
     search.window = max(search.window, n)
     search.add(self.seen, *self.running.means(), *self.running.interval())
@@ -390,11 +401,12 @@ class Window:
         self.hooks = []
 
     def pair(self,
-        n_acc:int=None # Items that the sum is divided by; None: as many as there are
+        n_acc:int=None, # Items that the sum is divided by; None: as many as there are
+        n_procs:int=1 # Processes that train together
     )->Pair: # None, if it is a single batch
         "The lengths, if the sum was the mean"
         times = (n_acc/self.size)**2 if n_acc else 1.
-        if self.n > 1: return Pair(times*self.size*self.small, times*self.big, self.size/self.n, self.size)
+        if self.n*n_procs > 1: return Pair(times*self.size*self.small, times*self.big, self.size/self.n, self.size*n_procs)
 
 # %% ../nbs/14_monitor.ipynb #14a00032
 @patch
@@ -407,10 +419,21 @@ def _accumulated(self:NoiseScaleMonitor):
 @patch
 def after_step(self:NoiseScaleMonitor):
     "The window is complete"
-    window = self.window
-    if not (window and window.n): return
+    window,n = self.window,self.procs.n
+    if not window or not (window.n or n > 1): return
     self._stop()
-    n_acc,self.budget.spent = getattr(self.accumulator, 'n_acc', None),self.budget.spent+window.took
-    pair = window.pair(n_acc if is_number(n_acc) else None)
-    if pair is None: return
-    with self._guarded(), self.budget.spend(device_of(self.learn)): self._add(pair, pair.b_small)
+    n_acc,budget,pair = getattr(self.accumulator, 'n_acc', None),self.budget,None
+    budget.spent,budget.last = budget.spent+window.took,budget.last+window.took
+    with self._guarded(): pair = window.pair(n_acc if is_number(n_acc) else None, n) if window.n else None
+    if pair is None and n==1: return
+    with self._guarded(), budget.spend(device_of(self.learn)): self._add(pair, pair and pair.b_small)
+    if n > 1: self._agree()
+
+@patch
+def _agree(self:NoiseScaleMonitor):
+    "Several processes go on together, or end it together: batches until the next measurement"
+    budget = self.budget
+    batch = max(1e-9, (budget.elapsed-budget.spent)/self.seen)
+    wait,refused = self.procs.most(budget.last/(budget.share*batch), self.refused is not None)
+    self.wait = max(1, math.ceil(wait))
+    if refused: self.refused = self.refused or 'in another process'

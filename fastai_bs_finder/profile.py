@@ -6,7 +6,7 @@
 __all__ = ['Profile', 'profile_of', 'synchronize', 'out_of_memory', 'give_back', 'device_of', 'profile_key', 'unstalled']
 
 # %% ../nbs/08_profile.ipynb #a69409bc
-import gc, math, time
+import gc, math, os, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,8 +15,10 @@ from pathlib import Path
 from threading import Event, Thread
 from warnings import warn
 import numpy as np, matplotlib.pyplot as plt, pandas as pd, psutil, torch
+from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
@@ -24,7 +26,8 @@ from fastprogress.fastprogress import progress_bar
 from .stats import even_rounds, fit_step_time, is_number, is_whole
 from .callbacks import takes_part
 from .state import check_learner, check_loss, check_target, preserve
-from .loaders import EndlessBatches, check_loader, n_items, whole_batches
+from .loaders import EndlessBatches, batch_size, check_loader, n_items, n_sharing, whole_batches
+from .distributed import alone, processes_of, together
 from .recorder import BSRecorder, log2_axis
 
 # %% ../nbs/08_profile.ipynb #14a0747c
@@ -121,8 +124,8 @@ class _OneEpoch(Callback):
 class _Stopwatch(Callback):
     "Time whole steps, in blocks, and no longer than `until`"
     order,run_mock = math.inf,False # last, so that nobody misses the end of a batch
-    def __init__(self, device, until, memory=None, workers=0):
-        self.device,self.until,self.memory,self.workers = device,until,memory,workers
+    def __init__(self, device, until, memory=None, workers=0, procs=alone):
+        self.procs,self.device,self.until,self.memory,self.workers = procs,device,until,memory,workers
         self.steps,self.waits,self.left,self.size = [],[],_warm_up+2*workers,1 # each worker prefetches two batches
         self.idle,self.stepped,self.startup = 0,False,None
         self._next_block()
@@ -141,7 +144,7 @@ class _Stopwatch(Callback):
 
     def _idle(self):
         self.idle += 1
-        if self.idle > _max_idle or time.perf_counter() > self.until: raise CancelTrainException()
+        if self.idle > _max_idle or self.procs.anywhere(time.perf_counter() > self.until): raise CancelTrainException()
 
     def before_batch(self): check_loss(self.learn)
     def after_loss(self): check_target(self.learn)
@@ -154,11 +157,12 @@ def after_batch(self:_Stopwatch):
     "Count the step; at the end of a block, look at the clock"
     if not self.stepped: return self._idle()
     self.n,self.stepped,self.idle = self.n+1,False,0
-    late = time.perf_counter() > self.until
-    if late or self.n==self.size: synchronize(self.device)
+    full,late = self.n==self.size,time.perf_counter() > self.until
+    if late or full: synchronize(self.device)
     now = time.perf_counter()
     self.spent,self.start = self.spent+now-self.start,now
-    if self.n < self.size and not late: return
+    if not full and (not late or self.procs.n > 1): return
+    self.spent,self.waiting,late = self.procs.most(self.spent, self.waiting, late) # the slowest counts
     if self.left and not late: self._warm()
     else:
         self.steps.append(self.spent/self.n)
@@ -185,12 +189,13 @@ def _free_memory():
 
 class _Memory:
     "What a training takes of a device's memory: on a GPU the most that PyTorch allocated, elsewhere how much the process grew"
-    def __init__(self, device):
+    def __init__(self, device, procs=alone):
         self.device,self.process,self.done = device,psutil.Process(),Event()
         self.done.set()
         self.before = self.process.memory_info().rss
-        if device.type=='cuda': self.room = torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)
-        else: self.room = _free_memory()
+        if device.type=='cuda': room = torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)
+        else: room = _free_memory()/(1 if procs.n==1 else int(os.environ.get('LOCAL_WORLD_SIZE', procs.n))) # each has its part
+        self.room = procs.least(room) # what does not fit in one process fits in none
 
     def start(self):
         "Look from now on"
@@ -238,23 +243,28 @@ def device_of(
     return torch.device('cuda', device) if isinstance(device, int) else torch.device(device)
 
 # %% ../nbs/08_profile.ipynb #48dc49a1
-def _asked_for(bss, n):
+def _asked_for(bss, n, k):
     sizes = list(np.ravel(bss))
     if not sizes or not all(is_whole(o) and 1 <= o <= n for o in sizes): raise ValueError(
         f"bss must be whole numbers between 1 and the {n:,} items of the training set, got {bss!r}")
+    if any(o%k for o in sizes): raise ValueError(
+        f"bss must be multiples of the {k} processes that train together, got {bss!r}: they are the batches of a step")
     sizes = sorted({int(o) for o in sizes})
     return sizes,f"{sizes[-1]:,} is the largest that was asked for"
 
 def _sizes(dl, bss, max_bs):
     "The sizes to try, and what limits them"
-    n = n_items(dl)
-    if bss is not None: return _asked_for(bss, n)
+    n,k = n_items(dl),n_sharing(dl) # each of `k` processes has as many items of a batch
+    if bss is not None: return _asked_for(bss, n, k)
     if max_bs is not None and not (is_whole(max_bs) and max_bs >= 1): raise ValueError(
         f"max_bs must be a whole number, at least 1, got {max_bs!r}")
-    most = n if max_bs is None else min(n, int(max_bs))
-    own = min(dl.bs or 1, most)
-    sizes = [own] + [2**i for i in range(3, most.bit_length()) if 2**i <= most and 2**i!=own]
-    largest,where = max(sizes),f"in a training set of {n:,}" if most==n else f"up to max_bs={max_bs:,}"
+    whole = n//k*k
+    most = whole if max_bs is None else min(whole, int(max_bs)//k*k)
+    if not most: raise ValueError(f"max_bs must be at least {k}, an item for each of the {k} processes, got {max_bs}")
+    own = min(batch_size(dl) or k, most)
+    powers = [k*2**i for i in range(most.bit_length()) if 8 <= k*2**i <= most]
+    sizes = [own] + [o for o in powers if o!=own]
+    largest,where = max(sizes),f"in a training set of {n:,}" if most==whole else f"up to max_bs={max_bs:,}"
     return sizes,f"{largest:,} is the largest {'size' if largest&(largest-1) else 'power of two'} {where}"
 
 # %% ../nbs/08_profile.ipynb #46234e4b
@@ -285,11 +295,12 @@ class _Profiler:
         self.train,self.device,self.tried,self.failed = learn.dls.train,device_of(learn),[],{} # `failed`: sentences by size
         self.error,self.asked = None,False # the first error, while nothing has worked; did the user choose the sizes?
         self.until,self.workers = time.perf_counter()+limit,getattr(self.train.fake_l, 'num_workers', 0)
+        self.procs,self.model = processes_of(learn),learn.model
 
     def take(self, bs, memory=None):
         "Train for a few steps with whole batches of `bs`, and return the stopwatch"
         self.learn.dls.train = whole_batches(self.train, bs)
-        watch = _Stopwatch(self.device, self.until, memory, self.workers)
+        watch = _Stopwatch(self.device, self.until, memory, self.workers, self.procs)
         if memory: memory.start()
         try: self.learn.fit(1, 0., cbs=[watch,_OneEpoch()]) # at a learning rate of 0 the weights stay where they are
         finally:
@@ -312,7 +323,7 @@ def why_not(self:_Profiler, bs):
     longer = max(2, grown) if grown > 1 else 1
     least = last.startup + (_warm_up+_blocks+2*self.workers)*np.median(last.steps)*longer
     too_long = not self.asked and grown > 1 and least > _share*self.limit
-    if too_long or time.perf_counter()+least > self.until:
+    if too_long or self.procs.anywhere(time.perf_counter()+least > self.until):
         return f"{max(o.bs for o in fitting):,} was the last that the time limit of {self.limit:g} s allowed"
     if self.device.type!='cuda' and last.memory*grown > self.most:
         return f"{bs:,} could take more than the {self.memory.room/2**20:,.0f} MB of memory that are free, so it was not tried"
@@ -326,17 +337,38 @@ def most(self:_Profiler):
 def measure(self:_Profiler, bs):
     "Try `bs` for the first time"
     start,memory = time.perf_counter(),self.memory
+    if self.procs.n > 1: self.alone(bs)
     watch = self.take(bs, memory)
-    fits = memory.peak <= self.most
+    peak,startup,seconds = self.procs.most(memory.peak, watch.startup, time.perf_counter()-start)
+    fits = peak <= self.most
     if not fits: self.failed[bs] = f"{bs:,} ran, but left less than {self.margin:.0%} of the memory free"
-    self.tried.append(_Attempt(bs, watch.steps, watch.waits, memory.peak, fits, watch.startup, time.perf_counter()-start,
-        [float(np.median(watch.steps))]))
+    self.tried.append(_Attempt(bs, watch.steps, watch.waits, peak, fits, startup, seconds, [float(np.median(watch.steps))]))
+
+class _OneStep(Callback):
+    "End an epoch after one batch"
+    order,run_mock = math.inf,False
+    def after_batch(self): raise CancelTrainException()
+
+@patch
+def alone(self:_Profiler, bs):
+    "Does it fit? A step of this process by itself, so that nobody waits for one whose memory is used up"
+    cbs,error,norms = self.learn.cbs,None,[m for m in self.model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for m in norms: m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m) # without asking the others
+    try:
+        self.learn.cbs = L(o for o in cbs if type(o).__name__!='DistributedTrainer')
+        self.learn.dls.train = whole_batches(self.train.dl, bs//self.procs.n)
+        self.learn.fit(1, 0., cbs=_OneStep())
+    except Exception as e: error = e
+    finally: self.learn.cbs = cbs
+    for m in norms: del m.forward
+    give_back(self.device)
+    self.procs.together(error)
 
 @patch
 def again(self:_Profiler, o):
     "Time a size once more, if it fits and there is time"
     o.rounds.append(math.nan)
-    if time.perf_counter()+1.5*o.seconds > self.until: return
+    if self.procs.anywhere(time.perf_counter()+1.5*o.seconds > self.until): return
     watch = self.take(o.bs)
     o.steps,o.waits,o.rounds[-1] = o.steps+watch.steps,o.waits+watch.waits,float(np.median(watch.steps))
 
@@ -354,7 +386,8 @@ def rows(self:_Profiler):
 @patch
 def attempt(self:_Profiler, f, bs):
     "Call `f`, which tries `bs`; whatever happens is kept as the reason why `bs` doesn't work"
-    try: f()
+    try:
+        with self.procs.one_fate(): f()
     except _NoSteps as e: self.failed[bs] = str(e)
     except Exception as e:
         self.tried,full = [o for o in self.tried if o.bs!=bs],out_of_memory(e)
@@ -362,6 +395,7 @@ def attempt(self:_Profiler, f, bs):
         what = 'did not fit: out of memory' if full else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
         self.failed[bs] = f"{bs:,} {what}"
         self.tried.append(_Attempt(bs))
+    self.learn.model = self.model # after an error it is what fastai has made of it for several processes
     if bs in self.failed: give_back(self.device) # here the error is gone, and with it what its traceback has held
     return bs not in self.failed
 
@@ -384,10 +418,11 @@ def first_round(self:_Profiler, sizes):
 
 @patch
 def downwards(self:_Profiler, smallest):
-    "If nothing fits, try smaller sizes"
+    "If nothing fits, try smaller sizes than `smallest` items in each process"
     while smallest > 1 and self.tried and not any(o.fits for o in self.tried):
         smallest //= 2
-        self.attempt(partial(self.measure, smallest), smallest)
+        bs = smallest*self.procs.n
+        self.attempt(partial(self.measure, bs), bs)
 
 @patch
 def finish(self:_Profiler, end):
@@ -407,12 +442,12 @@ def run(self:_Profiler,
     down:bool=True # If none of them fits, try smaller ones?
 ):
     "Try all of it, as a mock training that leaves no trace"
-    end,self.memory,self.asked = None,_Memory(self.device),not down
+    end,self.memory,self.asked = None,_Memory(self.device, self.procs),not down
     try:
-        with preserve(self.learn), self.learn.no_logging():
-            self.memory = _Memory(self.device) # what `preserve` has saved is no part of a step
+        with self.procs.one_fate(), preserve(self.learn), self.learn.no_logging():
+            self.memory = _Memory(self.device, self.procs) # what `preserve` has saved is no part of a step
             end = self.first_round(sizes)
-            if down: self.downwards(min((o.bs for o in self.tried), default=1))
+            if down: self.downwards(min((o.bs for o in self.tried), default=1)//self.procs.n)
             if self.error is not None and not any(o.fits for o in self.tried):
                 self.tried.clear() # so that nobody takes it for a profile
                 raise self.error
@@ -436,7 +471,7 @@ def profile_key(
     n,n_trained = sum(p.numel() for p in params),sum(p.numel() for p in params if p.requires_grad)
     cbs = sorted(type(cb).__name__ for cb in learn.cbs if takes_part(cb))
     workers = getattr(getattr(train, 'fake_l', None), 'num_workers', 0)
-    made_of = *cbs,id(getattr(train, 'dataset', train)),workers,str(learn.opt_func)
+    made_of = *cbs,id(getattr(train, 'dataset', train)),workers,str(learn.opt_func),processes_of(learn).n
     return str(device_of(learn)),torch.get_num_threads(),n,n_trained,*made_of
 
 # %% ../nbs/08_profile.ipynb #0436cca1
@@ -484,6 +519,14 @@ def unstalled(
 _scatter = .5 # relative deviation of a step time from the curve that is called in question
 _uneven = 2 # times slower in one round than in another, which is told
 
+def _warn_of_scatter(error, uneven):
+    if uneven > _uneven: warn(
+        f"the machine was {uneven:.1f} times slower in one round of the profile than in another, as where something else is "
+        "running. That is taken out of the step times, but they are less sure", stacklevel=3)
+    if error > _scatter: warn(
+        f"the step times scatter, by up to {error:.0%} around a curve: "
+        "if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=3)
+
 @patch
 def bs_profile(self:Learner,
     bss:list=None, # Batch sizes to try; None: powers of two from 8, and the loader's own
@@ -493,35 +536,29 @@ def bs_profile(self:Learner,
     show_plot:bool=True # Draw items per second and time per step
 )->pd.DataFrame: # A row per size that was tried, as in `learn.recorder.bs_profile_stats`
     "Time a few training steps at each of several batch sizes; the learner is left as it was"
-    check_learner(self)
-    check_loader(self.dls.train, 1)
-    sizes,end = _sizes(self.dls.train, bss, max_bs)
-    if not (is_number(limit) and 0 < limit < math.inf): raise ValueError(
-        f"limit must be a positive number of seconds, got {limit!r}")
-    if not (is_number(margin) and 0 <= margin < 1): raise ValueError(f"margin must be at least 0 and less than 1, got {margin!r}")
-    if any(type(o).__name__=='DistributedTrainer' for o in self.cbs): raise ValueError(
-        "bs_profile times one process: call it outside of `distrib_ctx`, on one of them")
-    rec,profiler = BSRecorder.of(self),_Profiler(self, end, limit, margin)
-    shown = progress_bar(sizes, leave=False) if self._grab_cbs(ProgressCallback) else sizes
-    try:
-        with unstalled(profiler.device):
-            key = profile_key(self)
-            profiler.run(shown, down=bss is None)
-    finally: # what was timed before an interrupt is kept, too
-        if profiler.tried:
-            rows,uneven = profiler.rows()
-            rec.keep(profile=Profile(rows, profiler.end, key))
-    if not profiler.tried: rec.keep(profile=Profile([], profiler.end, key))
-    if rec.profile.largest_fit is None: return rec.bs_profile_stats
-    error = rec.profile.step_time.error
-    if uneven > _uneven: warn(
-        f"the machine was {uneven:.1f} times slower in one round of the profile than in another, as where something else is "
-        "running. That is taken out of the step times, but they are less sure", stacklevel=2)
-    if error > _scatter: warn(
-        f"the step times scatter, by up to {error:.0%} around a curve: "
-        "if something else was running on the machine, call `learn.bs_profile()` again when it isn't", stacklevel=2)
-    if show_plot: rec.plot_bs_profile()
-    return rec.bs_profile_stats
+    with together(self) as procs:
+        check_learner(self)
+        check_loader(self.dls.train, n_sharing(self.dls.train))
+        sizes,end = _sizes(self.dls.train, bss, max_bs)
+        if not (is_number(limit) and 0 < limit < math.inf): raise ValueError(
+            f"limit must be a positive number of seconds, got {limit!r}")
+        if not (is_number(margin) and 0 <= margin < 1): raise ValueError(
+            f"margin must be at least 0 and less than 1, got {margin!r}")
+        rec,profiler = BSRecorder.of(self),_Profiler(self, end, limit, margin)
+        shown = progress_bar(sizes, leave=False) if self._grab_cbs(ProgressCallback) else sizes
+        try:
+            with unstalled(profiler.device):
+                key = profile_key(self)
+                profiler.run(shown, down=bss is None)
+        finally: # what was timed before an interrupt is kept, too
+            if profiler.tried:
+                rows,uneven = profiler.rows()
+                rec.keep(profile=Profile(rows, profiler.end, key))
+        if not profiler.tried: rec.keep(profile=Profile([], profiler.end, key))
+        if rec.profile.largest_fit is None: return rec.bs_profile_stats
+        _warn_of_scatter(rec.profile.step_time.error, uneven)
+        if show_plot and procs.rank==0: rec.plot_bs_profile()
+        return rec.bs_profile_stats
 
 # %% ../nbs/08_profile.ipynb #63ad1325
 @patch

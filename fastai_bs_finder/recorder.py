@@ -26,6 +26,7 @@ class Search:
     micro_bs:int = None # That of its loader, if it accumulates the gradients of several batches for a step
     accumulator:str = None # Name of the callback that accumulates the gradients of several batches, if the learner has one
     bs:int = None # Batch size of the search
+    n_procs:int = 1 # Processes that train together; batch sizes are of all of them
     lr:float|slice = None # Learning rate of the search
     adaptive:bool = False # Does the optimizer divide by the size of the gradients, as Adam does?
     batch_norm:bool = False # Has the model batch norm?

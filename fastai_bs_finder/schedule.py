@@ -15,8 +15,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import find_bs
 from .stats import is_number, is_whole
 from .callbacks import accumulates
-from .loaders import batch_size, check_loader, n_items
+from .loaders import batch_size, bs_here, check_loader, is_shared, n_items, n_sharing
 from .losses import reduction
+from .distributed import processes_of
 from .profile import profile_of
 
 # %% ../nbs/15_schedule.ipynb #15a00008
@@ -24,7 +25,7 @@ class BatchSizeSchedule(Callback):
     "Let the batch size follow a schedule, by other loaders between epochs and by accumulated gradients within them"
     order,run_valid,run_mock = MixedPrecision.order-4,False,False # that of `GradientAccumulation`
     def __init__(self,
-        sched, # Batch size over progress (0 to 1), as `SchedExp(64, 1024)`; or a dictionary `{epoch: batch size}`
+        sched, # Batch size (of all processes together) over progress (0 to 1), as `SchedExp(64, 1024)`; or a dictionary `{epoch: batch size}`
         lr_power:float=0., # The learning rate grows with this power of the batch size: 0.5 for Adam, 1 for SGD; 0: as it is
         max_bs:int=None # The most items at once, the rest is accumulated; None: what `learn.bs_profile()` has found to fit
     ):
@@ -37,6 +38,7 @@ class BatchSizeSchedule(Callback):
             f"max_bs must be a whole number, at least 1, or None, got {max_bs!r}")
         self.sched,self.lr_power,self.max_bs = sched,lr_power,max_bs
         self.n_acc,self.bs,self.count,self.loaders,self.whole,self.lrs,self.history = 0,0,0,{},None,None,[]
+        self.k = 1 # processes that train together
 
     def due(self,
         pct:float, # Progress of the training, 0 to 1
@@ -70,6 +72,7 @@ class BatchSizeSchedule(Callback):
 # %% ../nbs/15_schedule.ipynb #15a00029
 def _hand_over(a, b):
     "The order of batches goes on where the loader `a` has left off; PyTorch's have no state of their own"
+    a,b = (o.dl if is_shared(o) else o for o in (a,b))
     if a is not b and hasattr(a, 'rng'): b.rng.setstate(a.rng.getstate())
 
 @patch
@@ -111,18 +114,19 @@ def _begin(self:BatchSizeSchedule):
     dl = self.learn.dls.train
     others = [type(o).__name__ for o in self.learn.cbs if accumulates(o) and o is not self]
     if others: raise ValueError(f"{others[0]} and {type(self).__name__} both say of how many items a step is: remove one of them")
-    self.first,self.n = batch_size(dl),n_items(dl)
-    if self.first is None: check_loader(dl, 1)
+    self.first,self.n,self.k = batch_size(dl),n_items(dl),n_sharing(dl)
+    if self.first is None: check_loader(dl, self.k)
     fits = profile_of(self.learn.recorder).largest_fit if 'recorder' in vars(self.learn) else None
-    self.most = self.max_bs or fits or math.inf
+    most = self.max_bs or fits
+    self.most = max(1, most//self.k) if most else math.inf # in this process, as the loader's batch is
     if self.whole is None: self.history = []
-    self.loaders,self.whole,self.last,self.is_sum = {self.first: dl},dl,dl,None
+    self.loaders,self.whole,self.last,self.is_sum = {bs_here(dl): dl},dl,dl,None
     due = self.due(0., 0)
     self.start = self._step_size(due, self._loader_bs(due)) # also where it is resumed later
 
 @patch
 def _check_loader(self:BatchSizeSchedule):
-    try: check_loader(self.whole, 1)
+    try: check_loader(self.whole, self.k)
     except ValueError as e: raise ValueError(
         f"{type(self.whole)} can't be made anew with another batch size: pass max_bs={self.first}, and larger batches are "
         "accumulated from its own") from e
@@ -136,7 +140,7 @@ def _size(self:BatchSizeSchedule, bs):
     bs = bs.item() if hasattr(bs, 'item') else bs
     if not (is_number(bs) and 1 <= bs < math.inf): raise ValueError(
         f"a batch size is a number, at least 1, and the schedule says {bs!r}")
-    return min(round(bs), self.n or math.inf)
+    return max(1, round(min(round(bs), self.n or math.inf)/self.k)) # in this process
 
 # %% ../nbs/15_schedule.ipynb #15a00011
 @patch
@@ -150,7 +154,8 @@ def before_batch(self:BatchSizeSchedule):
 def after_loss(self:BatchSizeSchedule):
     "The mean over a step's items is made of parts; a sum is the sum of its parts as it is"
     if self.n_acc <= self.bs: return
-    if self.is_sum is None: self.is_sum = reduction(self.learn.loss_func, self.learn.pred, self.learn.yb)=='sum'
+    if self.is_sum is None: self.is_sum = processes_of(self.learn).anywhere(
+        reduction(self.learn.loss_func, self.learn.pred, self.learn.yb)=='sum')
     if not self.is_sum: self.learn.loss_grad = self.learn.loss_grad*(find_bs(self.learn.yb)/self.n_acc)
 
 @patch
@@ -163,7 +168,7 @@ def before_step(self:BatchSizeSchedule):
     if several and self.count!=self.n_acc and not self.is_sum: # the end of an epoch
         torch._foreach_mul_([p.grad for p,*_ in self.opt.all_params(with_grad=True)], self.n_acc/self.count)
     self._move_lr()
-    self.history.append((self.train_iter, self.count)) # batches before this one, items
+    self.history.append((self.train_iter, self.count*self.k)) # batches before this one, items
     self.count = 0
 
 @patch

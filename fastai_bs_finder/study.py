@@ -25,7 +25,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from fastprogress.fastprogress import progress_bar
 from scipy.optimize import minimize
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -863,6 +863,8 @@ def _check_new(learn, other):
 
 def _check_learners(get_learner, bss, plan):
     "Build each learner once, and one of them twice"
+    if num_distrib() > 1: raise ValueError(
+        f"bs_study trains in one process, and here are {num_distrib()}: start it by itself, without `torchrun`")
     first = get_learner(plan.micro_bs or bss[0])
     if not isinstance(first, Learner): raise ValueError(f"get_learner must return a Learner, got {type(first)}")
     _check_loader(first, bss[0], plan)

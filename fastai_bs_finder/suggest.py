@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['default_funcs', 'critical', 'efficient', 'raced', 'relative_steps_to', 'fastest', 'fits', 'suggestion_name',
-           'needs_profile', 'BSTable', 'lr_at', 'noise_scale_raced', 'epochs_at', 'in_epochs', 'BSSuggestion']
+           'needs_profile', 'per_process', 'BSTable', 'lr_at', 'noise_scale_raced', 'epochs_at', 'in_epochs',
+           'BSSuggestion']
 
 # %% ../nbs/10_suggest.ipynb #01037575
 import math, warnings
@@ -27,7 +28,8 @@ def _allowed(rec, wanted, name):
                                         ". `learn.recorder.bs_table()` says how to accumulate gradients"))
     for most,why,advice in limits:
         if wanted <= most: continue
-        allowed = nearest_pow2(most, most)
+        n = rec.search.n_procs
+        allowed = n*nearest_pow2(most/n, most/n)
         warn(f"{name} would be {wanted:,}, but {why}, so it is {allowed:,}{advice}", stacklevel=5)
         wanted = allowed
     return wanted
@@ -37,7 +39,8 @@ def critical(
 )->int: # A power of two, or None if the signal drowned
     "The batch size where the noise scale settles: the nearest power of two to the median of the last quarter of the curve"
     noise_scale = rec.settled().noise_scale
-    return _allowed(rec, nearest_pow2(noise_scale), 'critical') if math.isfinite(noise_scale) else None
+    n = rec.search.n_procs # of which each has as many items
+    return _allowed(rec, n*nearest_pow2(noise_scale/n), 'critical') if math.isfinite(noise_scale) else None
 
 def efficient(
     rec:BSRecorder, # Recorder of a finished search
@@ -46,7 +49,8 @@ def efficient(
     "The largest batch size that keeps a `share` of the data efficiency, `1/(1+B/noise_scale)` (arXiv 1812.06162, section 2)"
     most = rec.settled().noise_scale*(1/share-1)
     if not math.isfinite(most): return
-    return _allowed(rec, 2**math.floor(math.log2(max(1, most*(1+1e-9)))), 'efficient')
+    n = rec.search.n_procs
+    return _allowed(rec, n*2**math.floor(math.log2(max(1, most/n*(1+1e-9)))), 'efficient')
 
 # %% ../nbs/10_suggest.ipynb #0737b877
 def raced(
@@ -109,7 +113,8 @@ def _candidates(rec):
     row,now,tried = rec.settled(),rec.search.train_bs,rec.profile.tried
     known = [o for o in (row.lower, row.noise_scale, row.upper) if 0 < o < math.inf]
     low,high = min([now, *tried, *(o/4 for o in known)]), max([now, *tried, *(2*o for o in known)])
-    powers = [2**i for i in range(max(0, math.floor(math.log2(low))), math.ceil(math.log2(high))+1)]
+    n = rec.search.n_procs # each of which has as many items of a batch
+    powers = [n*2**i for i in range(max(0, math.floor(math.log2(low/n))), math.ceil(math.log2(high/n))+1)]
     return np.array(sorted(o for o in {now, *tried, *powers} if o <= rec.search.n_items))
 
 # %% ../nbs/10_suggest.ipynb #18c1bc6f
@@ -128,15 +133,23 @@ def _beta2(rec, bs):
     times = bs/rec.search.train_bs
     return [f'sqr_mom (beta2) to the power {times:g} remembers as many items'] if rec.search.adaptive and times >= _far else []
 
+def per_process(
+    rec:BSRecorder, # Recorder of a finished search
+    bs:int # Batch size of a step
+)->int: # At least 1
+    "What to give to a loader: where several processes train together, each has its part of a step"
+    return max(1, round(bs/rec.search.n_procs))
+
 def _how(rec, bs, undo):
     "Code that trains with batches of `bs`; `undo` is code, too"
-    most = _most_at_once(rec)
-    notes = _beta2(rec, bs)
-    if most is None or bs <= most: return f'learn.dls = learn.dls.with_bs({bs}){undo}' + (f' # {notes[0]}' if notes else '')
-    micro = max(o for o in range(1, most+1) if bs%o==0)
-    notes = [f'batch norm sees {micro} items']*rec.search.batch_norm + notes
-    note = f" # {'; '.join(notes)}" if notes else ''
-    return f'learn.dls = learn.dls.with_bs({micro}){undo}; learn.add_cb(GradientAccumulation({bs})){note}'
+    most,n,notes = _most_at_once(rec),rec.search.n_procs,_beta2(rec, bs)
+    here = per_process(rec, bs)
+    each = [f'in each of {n} processes']*(n > 1)
+    def note(*notes): return f" # {'; '.join(notes)}" if notes else ''
+    if most is None or bs <= most: return f'learn.dls = learn.dls.with_bs({here}){undo}{note(*each, *notes)}'
+    micro = max(o for o in range(1, most//n+1) if here%o==0)
+    notes = each + [f'batch norm sees {micro} items']*rec.search.batch_norm + notes
+    return f'learn.dls = learn.dls.with_bs({micro}){undo}; learn.add_cb(GradientAccumulation({here})){note(*notes)}'
 
 # %% ../nbs/10_suggest.ipynb #08548981
 class BSTable(pd.DataFrame):

@@ -1,6 +1,7 @@
 "Bad input is refused before any work starts, with what was found, what was expected and what to do."
 import math, random, re
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
@@ -196,10 +197,13 @@ def test_batches_too_small_to_cut():
     with pytest.raises(ValueError, match='at least 2 items in it, got batches of 1'): search(learn, method='per_example', bs=1)
     assert search(learn) is not None and search(learn, method='split', bs=4, num_it=200) is not None
 
-def test_several_processes_are_refused(learn):
-    class DistributedTrainer(Callback): pass
+@pytest.mark.parametrize('kind', ['FSDP','DistributedType.DEEPSPEED','XLA'])
+@pytest.mark.parametrize('call', ['bs_find','bs_profile','lr_race'])
+def test_processes_without_a_gradient_of_their_own(learn, kind, call):
+    class DistributedTrainer(Callback): accelerator = SimpleNamespace(distributed_type=kind)
     learn.add_cb(DistributedTrainer())
-    with learn.no_logging(), pytest.raises(ValueError, match='search outside of `distrib_ctx`'): learn.fit(1, cbs=BSFinder())
+    with pytest.raises(ValueError, match=f'set up for {kind.split(".")[-1]}, where no process ever holds a gradient of its own'):
+        getattr(learn, call)()
 
 def test_accumulation_twice(learn):
     "Two callbacks that decide when to step are one too many in a real fit; a search leaves the other one out"

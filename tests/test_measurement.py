@@ -48,7 +48,7 @@ def can_watch():
 watched = pytest.mark.skipif(not can_watch(), reason="this PyTorch can't watch subclasses of tensors")
 
 @watched
-@pytest.mark.parametrize('method', estimators)
+@pytest.mark.parametrize('method', sorted(estimators.keys()-{'distributed'})) # which one process can't have
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(reduction='sum')], ids=['mean','sum'])
 def test_waits_for_the_device_once_a_measurement(method, loss):
     "A loader of tensors that takes none out itself: four times as many batches, as many measurements, as many waits"

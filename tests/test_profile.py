@@ -176,7 +176,7 @@ def test_time_limit(learn):
 def test_machine_memory_is_left_alone(learn):
     "Where a size could take more than what is free, it is not even tried"
     class Memory(profile._Memory):
-        def __init__(self, device): super().__init__(device); self.room = 1000*2**20
+        def __init__(self, device, procs): super().__init__(device, procs); self.room = 1000*2**20
         def stop(self): super().stop(); self.peak = 100*2**20*learn.dls.train.bs/8
     with mock_patch.object(profile, '_Memory', Memory): stats = quick(learn)
     assert stats.memory.tolist()==[100,200,400,800] and stats.fits.all()

@@ -1,0 +1,197 @@
+"What several processes do in tests/test_distributed.py: `torchrun ... processes.py NAME FOLDER` calls a function and keeps what it says."
+import math, os, pickle, random, sys, time, warnings
+from pathlib import Path
+
+os.environ.setdefault('ACCELERATE_USE_CPU', 'true')
+warnings.filterwarnings('ignore', module=r'(torch|fastai|accelerate)\.')
+
+import numpy as np, torch, torch.distributed as dist
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.distributed import *
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from fastai_bs_finder.all import *
+from fastai_bs_finder.distributed import processes_of, together
+from helpers import loaders, make_learner, plain_learner, same, search, weights
+from measuring import exact, learner
+
+rank,n_procs = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
+torch.set_num_threads(1)
+
+def distrib(learn): return learn.distrib_ctx(sync_bn=False)
+
+def share(learn):
+    "Loaders for a real training, as they are needed where there is no GPU"
+    if os.environ['ACCELERATE_USE_CPU']=='true': learn.dls = learn.dls.shared()
+
+def state(learn):
+    "All that has to be as it was; of the loaders, what they hand out next"
+    opt = learn.opt.state_dict() if learn.opt else None
+    chance = torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist()
+    return weights(learn),opt,chance,learn.dls.train.rng.getstate(),[o.name for o in learn.cbs],type(learn.model).__name__
+
+# --- what they find
+
+def answers():
+    "Searches by each method, and what they leave behind"
+    res = {}
+    for method in ('auto','accumulate','split','per_example','sequential','l1','distributed'):
+        learn = plain_learner(bs=32)
+        with distrib(learn):
+            before = state(learn)
+            search(learn, method=method, num_it=20, n_batch=5, lr=1e-3)
+            as_before = same(before, state(learn))
+        res[method] = learn.recorder.bs_find_stats.values.tolist(),learn.recorder.search.bs,as_before
+    return res
+
+def still(make, method, lr=1e-12, **kwargs):
+    "Noise scale, its interval and the search, at weights that stand still"
+    learn = make()
+    learn.bs_find(lr, **dict(beta=1, show_plot=False, suggest_funcs=None, method=method, num_it=160, n_batch=8) | kwargs)
+    return learn.recorder.bs_find_stats.iloc[-1].tolist(),learn.recorder.search
+
+def exactness():
+    "Ten seeds: the interval of several processes, and of one with as many examples, beside the exact value"
+    def make(seed):
+        learn = learner(bs=4)
+        learn.dls.train.rng.seed(seed)
+        return learn
+    res,(noise,scale) = dict(exact=None, several=[], stepping=[], one=[]),exact(learner(bs=4))
+    res['exact'] = noise,scale
+    for seed in range(10):
+        learn = make(seed)
+        with distrib(learn):
+            res['several'].append(still(lambda: learn, 'accumulate', n_batch=8)[0])
+            res['stepping'].append(still(lambda: learn, 'distributed', n_batch=8)[0])
+        res['one'].append(still(lambda: make(seed), 'accumulate', n_batch=8*n_procs, num_it=160*n_procs)[0])
+    return res
+
+def uneven():
+    "Last batches that are shorter, and a dataset that does not divide; a loss that adds up; accumulation"
+    res,total = {},CrossEntropyLossFlat(reduction='sum')
+    for name,kwargs in dict(short=dict(bs=7, drop_last=False), sums=dict(bs=8, loss=total)).items():
+        learn = learner(**kwargs)
+        with distrib(learn): res[name] = still(lambda: learn, 'accumulate', num_it=320)[0][:2],exact(learner(**kwargs))
+    learn = plain_learner(bs=32, n=1001)
+    learn.add_cb(GradientAccumulation(64))
+    with distrib(learn):
+        sugg = search(learn)
+        learn.dls = learn.dls.shared()
+        lens = len(learn.dls.train),sum(1 for _ in learn.dls.train)
+    return res | dict(sugg=tuple(sugg), accumulated=(learn.recorder.search.micro_bs, learn.recorder.search.train_bs), lens=lens)
+
+class Count(Callback):
+    "The batches that a process trains on"
+    run_mock,run_valid = False,False
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.seen.append(self.xb[0].sum().item())
+
+def trained(searched):
+    "Losses and batches of a training, after a search or not"
+    learn = make_learner(bs=32)
+    share(learn)
+    with distrib(learn):
+        if searched: learn.bs_find(1e-2, num_it=20, show_plot=False)
+        set_seed(3)
+        with learn.no_logging(): learn.fit(1, 1e-2, cbs=Count())
+    return [o.item() for o in learn.recorder.losses],weights(learn)
+
+def recipe():
+    "Profile, race and the whole recipe; a training is the same with and without it"
+    learn = plain_learner(bs=32)
+    with distrib(learn):
+        before = state(learn)
+        stats = learn.bs_profile(limit=20, show_plot=False)
+        race = learn.lr_race(seconds=3, show_plot=False)
+        sugg = learn.bs_find(seconds=8, epochs=2, show_plot=False)
+        table,as_before = learn.recorder.bs_table(),same(before, state(learn))
+    with_it,without = trained(True),trained(False)
+    return dict(profile=stats.values.tolist(), sizes=list(stats.index), race=tuple(race), sugg=sugg._asdict(), how=list(table.how),
+                table=table.drop(columns='how').values.tolist(), same=as_before, as_without=same(with_it, without))
+
+def watching():
+    "A monitor beside a training, and a batch that grows"
+    res = {}
+    for name,cbs in dict(plain=[], watched=[NoiseScaleMonitor(every=1)], timed=[NoiseScaleMonitor()]).items():
+        learn = make_learner(bs=32)
+        share(learn)
+        set_seed(1)
+        with distrib(learn), learn.no_logging(): learn.fit(2, 1e-2, cbs=cbs)
+        res[name] = [o.item() for o in learn.recorder.losses],weights(learn)
+        if cbs: res[name+'_stats'] = learn.recorder.bs_find_stats.values.tolist()
+    learn = plain_learner(bs=32)
+    share(learn)
+    with distrib(learn), learn.no_logging(): learn.fit(2, 1e-2, cbs=[cb := BatchSizeSchedule({0: 64, 1: 256}, max_bs=128)])
+    return res | dict(history=cb.history, alike=learn.recorder.bs_find_stats.empty)
+
+# --- what goes wrong
+
+class Fails(Callback):
+    "Fails at an event, in one process"
+    run_mock,run_valid,order = True,False,50
+    def __init__(self, event, error, only=1): self.event,self.error,self.only,self.n = event,error,only,0
+    def __getattr__(self, k):
+        if k==self.__dict__.get('event'): return self.fail
+        raise AttributeError(k)
+    def fail(self):
+        self.n += 1
+        if rank==self.only and (self.n==3 or self.event in ('before_fit','after_fit','before_epoch','before_train')): raise self.error
+
+def failing(cb, call=None):
+    "What each process raises, how long it took, and whether all is as before"
+    learn = plain_learner(bs=32)
+    learn.add_cb(cb)
+    with distrib(learn):
+        before,start,error = state(learn),time.perf_counter(),None
+        try: (call or (lambda learn: search(learn)))(learn)
+        except BaseException as e: error = e
+        if error is not None: error = type(error).__name__,' '.join(str(error).split())
+        return error,time.perf_counter()-start,same(before, state(learn))
+
+events = ('before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step '
+          'after_step after_batch').split()
+
+def faults():
+    "One process fails at each event; afterwards all can go on"
+    res = {e: failing(Fails(e, ValueError(f'boom in {e}'))) for e in events}
+    res['interrupt'] = failing(Fails('before_step', KeyboardInterrupt()))
+    res['first'] = failing(Fails('after_pred', ZeroDivisionError('boom'), only=0), lambda learn: learn.bs_find(show_plot=False, seconds=5))
+    learn = plain_learner(bs=32)
+    with distrib(learn): search(learn)
+    return res | dict(afterwards=learn.recorder.bs_find_stats.values.tolist())
+
+class Full(Callback):
+    "One process has no memory for more than `most` items"
+    run_mock,run_valid = True,False
+    def __init__(self, most): self.most = most
+    def after_pred(self):
+        if rank==1 and len(self.yb[0]) > self.most: raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+
+class Nan(Callback):
+    "The loss of one process is NaN, once"
+    run_mock,run_valid,order = True,False,-5
+    def before_fit(self): self.n = 0
+    def after_loss(self):
+        self.n += 1
+        if rank==1 and self.n==23: self.learn.loss_grad = self.learn.loss_grad*math.nan
+
+def memory():
+    "A size that does not fit in one process; NaN in one process"
+    learn = plain_learner(bs=32)
+    learn.add_cb(Full(100))
+    with distrib(learn): stats = learn.bs_profile(limit=20, show_plot=False)
+    full = learn.recorder.profile_end,list(stats.index[stats.fits]),failing(Full(100), lambda l: search(l, bs=512))
+    learn = plain_learner(bs=32)
+    learn.add_cb(Nan())
+    with distrib(learn):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            search(learn, num_it=40, n_batch=5)
+    return dict(full=full, nan=(learn.recorder.bs_find_stats.values.tolist(), [str(o.message) for o in said]))
+
+if __name__=='__main__':
+    res = globals()[sys.argv[1]]()
+    (Path(sys.argv[2])/f'{rank}.pkl').write_bytes(pickle.dumps(res))
+    dist.destroy_process_group()

@@ -1,0 +1,94 @@
+"Several processes that train one learner together: real ones, started with torchrun, on gloo."
+import math, os, pickle, subprocess, sys
+from pathlib import Path
+
+import numpy as np, psutil, pytest, torch
+
+pytest.importorskip('accelerate')
+
+here = Path(__file__).parent
+two_gpus = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')]
+on_each_device = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=two_gpus)])
+
+def run(name, path, n=2, device='cpu', seconds=240):
+    "What each of `n` processes says; all of them are ended, whatever happens"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/'processes.py', name, path]
+    env = os.environ | dict(ACCELERATE_USE_CPU='true' if device=='cpu' else 'false', PYTHONPATH=os.pathsep.join([str(here.parent), str(here)]), OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+    proc = psutil.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try: out,_ = proc.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired: pytest.fail(f'{name} took more than {seconds} s')
+    finally:
+        if proc.is_running(): # torchrun gives each process a session of its own
+            for o in [*proc.children(recursive=True), proc]: o.kill()
+    assert proc.returncode==0, out[-5000:]
+    return [pickle.loads((path/f'{i}.pkl').read_bytes()) for i in range(n)]
+
+@on_each_device
+def test_each_method(tmp_path, device):
+    "All processes have the same answer, and are as they were"
+    first,*others = run('answers', tmp_path, device=device)
+    assert all(o==first for o in others)
+    for method,(stats,bs,as_before) in first.items():
+        assert as_before and bs==64 and len(stats)==4, method
+        assert all(0 < o < math.inf for o in stats[-1][:2]), method
+
+@pytest.mark.parametrize('n', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_exact_value(tmp_path, n):
+    "The interval of several processes covers it as that of one does"
+    res,*others = run('exactness', tmp_path, n)
+    assert all(o==res for o in others)
+    noise,scale = res['exact']
+    for kind in ('several','stepping','one'):
+        means = np.mean(res[kind], 0)
+        assert means[:2]==pytest.approx([noise,scale], rel=.1), kind
+        covered = sum(low <= noise/scale <= high for *_,low,high in res[kind])
+        assert covered >= 8, (kind, covered)
+
+@on_each_device
+def test_what_is_uneven(tmp_path, device):
+    first,*others = run('uneven', tmp_path, device=device)
+    assert all(o==first for o in others)
+    for name in ('short','sums'):
+        found,right = first[name]
+        assert found==pytest.approx(right, rel=.25), name
+    assert first['accumulated']==(64,128) and first['lens']==(15,15) # 500 items each; with one too few, the first is there twice
+
+@on_each_device
+def test_the_recipe(tmp_path, device):
+    "A profile, a race, suggestions; a training afterwards is bit for bit that without them"
+    first,*others = run('recipe', tmp_path, device=device)
+    assert all(str(o)==str(first) for o in others) # nan==nan
+    assert first['same'] and first['as_without']
+    assert first['sizes'][0]==8 and first['sizes'][-1] <= 1437
+    sugg = first['sugg']
+    assert list(sugg)==['fastest','critical','lr','epochs','per_process'] and sugg['fastest']==2*sugg['per_process']
+    assert any('in each of 2 processes' in o for o in first['how'])
+
+@on_each_device
+def test_a_real_training(tmp_path, device):
+    "The monitor changes nothing, and says the same in all processes; schedules go by the batch of all"
+    first,second = run('watching', tmp_path, device=device)
+    for name in ('watched','timed'):
+        assert all(str(o[name])==str(o['plain']) for o in (first,second)), name # losses and weights
+        assert first[name+'_stats']==second[name+'_stats'] and first[name+'_stats'], name
+    sizes = [o for _,o in first['history']]
+    assert first['history']==second['history'] and set(sizes[:20])=={64} and max(sizes)==256
+
+def test_one_fate(tmp_path):
+    "What one process raises, all raise within seconds; they are as before and can go on"
+    first,second = run('faults', tmp_path)
+    assert first['afterwards']==second['afterwards'] and first.pop('afterwards') and second.pop('afterwards')
+    for name,(error,seconds,as_before) in first.items():
+        assert error==second[name][0] and error and as_before and second[name][2], (name, error, second[name])
+        assert ('KeyboardInterrupt' if name=='interrupt' else 'boom') in ' '.join(error), (name, error)
+        assert max(seconds, second[name][1]) < 30, (name, seconds)
+
+def test_memory_and_nan_in_one_process(tmp_path):
+    first,second = run('memory', tmp_path)
+    assert first['full'][:2]==second['full'][:2]
+    end,fitting,(error,seconds,as_before) = first['full']
+    assert '256 did not fit' in end and fitting==[8,16,32,64,128]
+    assert 'does not fit' in error[1] and error==second['full'][2][0] and as_before and seconds < 30
+    (stats,said),(others,quiet) = first['nan'],second['nan']
+    assert stats==others and len(stats)==4 and all(map(math.isfinite, stats[-1][:2])) # those before it
+    assert any('became NaN' in o for o in said) and not quiet
