@@ -13,7 +13,7 @@ from fastai.distributed import *
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_bs_finder.all import *
-from fastai_bs_finder.distributed import processes_of, together
+from fastai_bs_finder import distributed
 from helpers import loaders, make_learner, plain_learner, same, search, weights
 from measuring import exact, learner
 
@@ -80,7 +80,8 @@ def uneven():
         sugg = search(learn)
         learn.dls = learn.dls.shared()
         lens = len(learn.dls.train),sum(1 for _ in learn.dls.train)
-    return res | dict(sugg=tuple(sugg), accumulated=(learn.recorder.search.micro_bs, learn.recorder.search.train_bs), lens=lens)
+    return res | dict(sugg=tuple(sugg), accumulated=(learn.recorder.search.micro_bs, learn.recorder.search.train_bs), lens=lens,
+                      new=learn.dls.train.new(bs=8).bs)
 
 class Count(Callback):
     "The batches that a process trains on"
@@ -181,7 +182,7 @@ def memory():
     "A size that does not fit in one process; NaN in one process"
     learn = plain_learner(bs=32)
     learn.add_cb(Full(100))
-    with distrib(learn): stats = learn.bs_profile(limit=20, show_plot=False)
+    with distrib(learn): stats,n_failed = learn.bs_profile(limit=20, show_plot=False),distributed._failures
     full = learn.recorder.profile_end,list(stats.index[stats.fits]),failing(Full(100), lambda l: search(l, bs=512))
     learn = plain_learner(bs=32)
     learn.add_cb(Nan())
@@ -189,7 +190,7 @@ def memory():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             search(learn, num_it=40, n_batch=5)
-    return dict(full=full, nan=(learn.recorder.bs_find_stats.values.tolist(), [str(o.message) for o in said]))
+    return dict(full=full, n_failed=n_failed, nan=(learn.recorder.bs_find_stats.values.tolist(), [str(o.message) for o in said]))
 
 if __name__=='__main__':
     res = globals()[sys.argv[1]]()

@@ -51,7 +51,7 @@ def test_what_is_uneven(tmp_path, device):
     for name in ('short','sums'):
         found,right = first[name]
         assert found==pytest.approx(right, rel=.25), name
-    assert first['accumulated']==(64,128) and first['lens']==(15,15) # 500 items each; with one too few, the first is there twice
+    assert first['accumulated']==(64,128) and first['lens']==(15,15) and first['new']==8 # 501 items each, one of them twice
 
 @on_each_device
 def test_the_recipe(tmp_path, device):
@@ -87,6 +87,7 @@ def test_memory_and_nan_in_one_process(tmp_path):
     first,second = run('memory', tmp_path)
     assert first['full'][:2]==second['full'][:2]
     end,fitting,(error,seconds,as_before) = first['full']
+    assert first['n_failed']==0 # each tries a size by itself: nobody has to be woken
     assert '256 did not fit' in end and fitting==[8,16,32,64,128]
     assert 'does not fit' in error[1] and error==second['full'][2][0] and as_before and seconds < 30
     (stats,said),(others,quiet) = first['nan'],second['nan']
