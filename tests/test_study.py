@@ -260,6 +260,11 @@ def test_it_goes_on_where_it_stopped(tmp_path, whole):
     assert len(made)==3+len(whole.df)-n # three to look at, and the rest of the runs
     assert_alike(Study.load(tmp_path), whole)
 
+def study_in(path):
+    "In a process that has not seen `conftest.py`"
+    torch.set_num_threads(1)
+    study(path=path)
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, whole):
     "SIGKILL, which nobody can catch: the table on disk is whole, and at the end the same as that of a study in one piece"
@@ -267,7 +272,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     processes.set_forkserver_preload(['fastai_bs_finder.all']) # or each process would import for seconds
     rows,seconds = [],{}
     for i in range(60):
-        process = processes.Process(target=study, kwargs=dict(path=tmp_path))
+        process = processes.Process(target=study_in, args=(tmp_path,))
         process.start()
         process.join(rng.uniform(.3, 1.5+i/4))
         if not process.is_alive(): break
@@ -290,7 +295,8 @@ def test_processes_make_the_same_table(whole):
 
 def test_other_settings_are_refused(finished):
     assert study(path=finished).df.steps.max() > 0
-    with pytest.raises(ValueError, match=r'holds a study with target=1.0, which is not what was asked for'): study(path=finished, target=.9)
+    with pytest.raises(ValueError, match=r'holds a study with target=1.0, which is not what was asked for'):
+        study(path=finished, target=.9)
 
 def test_what_was_given_up_is_made_again_where_more_is_allowed(finished, whole):
     "As in a grid in the folder of a tuned study, in which a learning rate could not win any more"
