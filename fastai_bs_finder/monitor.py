@@ -328,7 +328,8 @@ def _n_rows(self:NoiseScaleMonitor):
 @patch
 def after_backward(self:NoiseScaleMonitor):
     "Take the training's own gradient"
-    if self.refused or not (self.window or self.sq is not None) or not self._grads(): return # none: somebody has cancelled the backward pass
+    if self.refused or not (self.window or self.sq is not None): return
+    if not self._grads(): return # somebody has cancelled the backward pass
     self._note_step()
     with self._guarded():
         if self.window: return self._accumulated()

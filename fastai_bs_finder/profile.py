@@ -344,6 +344,7 @@ def measure(self:_Profiler, bs):
     if not fits: self.failed[bs] = f"{bs:,} ran, but left less than {self.margin:.0%} of the memory free"
     self.tried.append(_Attempt(bs, watch.steps, watch.waits, peak, fits, startup, seconds, [float(np.median(watch.steps))]))
 
+# %% ../nbs/08_profile.ipynb #cf5c9a61
 class _OneStep(Callback):
     "End an epoch after one batch"
     order,run_mock = math.inf,False
@@ -364,6 +365,7 @@ def alone(self:_Profiler, bs):
     give_back(self.device)
     self.procs.together(error)
 
+# %% ../nbs/08_profile.ipynb #cf5c9a62
 @patch
 def again(self:_Profiler, o):
     "Time a size once more, if it fits and there is time"

@@ -25,7 +25,7 @@ class BatchSizeSchedule(Callback):
     "Let the batch size follow a schedule, by other loaders between epochs and by accumulated gradients within them"
     order,run_valid,run_mock = MixedPrecision.order-4,False,False # that of `GradientAccumulation`
     def __init__(self,
-        sched, # Batch size (of all processes together) over progress (0 to 1), as `SchedExp(64, 1024)`; or a dictionary `{epoch: batch size}`
+        sched, # Batch size of a step over progress (0 to 1), as `SchedExp(64, 1024)`; or a dictionary `{epoch: batch size}`
         lr_power:float=0., # The learning rate grows with this power of the batch size: 0.5 for Adam, 1 for SGD; 0: as it is
         max_bs:int=None # The most items at once, the rest is accumulated; None: what `learn.bs_profile()` has found to fit
     ):
