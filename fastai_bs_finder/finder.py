@@ -66,7 +66,7 @@ class BSFinder(Callback):
 
     def _stop(self):
         if self.estimator is not None: self.estimator.stop()
-        self._average(True)
+        self._sync(True)
         if self.loaders:
             whole,_,cut = self.loaders
             if getattr(self.learn, 'dl', None) is cut: self.learn.dl = whole
@@ -137,7 +137,7 @@ def before_batch(self:BSFinder):
     est = self.estimator
     if not (est.refused and est.otherwise):
         est.begin()
-        return self._average(est.synced)
+        return self._sync(est.synced)
     if not est.first: raise CancelBatchException() # the other parts of the batch that was refused
     warn(f"Batches are not cut into parts, so the search goes on with method={est.otherwise.name!r}: {est.refused}")
     params = est.params
@@ -145,7 +145,7 @@ def before_batch(self:BSFinder):
     self._start(est.otherwise, params)
 
 @patch
-def _average(self:BSFinder, now):
+def _sync(self:BSFinder, now):
     "Are the processes to average the gradients of the coming batch?"
     model = getattr(self.learn, 'model', None)
     model = getattr(model, '_orig_mod', model) # which may be compiled

@@ -28,7 +28,13 @@ def is_shared(
     dl # Any loader
 )->bool:
     "Do several processes share its items, as those of fastai's `DistributedDL`?"
-    return {'world_size','dl'} <= vars(_whole(dl)).keys() if hasattr(_whole(dl), '__dict__') else False
+    return {'world_size','dl'} <= getattr(_whole(dl), '__dict__', {}).keys()
+
+def maker(
+    dl # Any loader
+):
+    "The loader that makes the batches: that of all items, where several processes share it, or else `dl` itself"
+    return _whole(dl).dl if is_shared(dl) else dl
 
 def n_sharing(
     dl # Any loader
@@ -41,7 +47,7 @@ def n_items(
     dl # Any loader
 )->int: # Items in an epoch; None where the loader can't tell
     "How many items an epoch of a loader has, in all processes: no batch can be larger"
-    if is_shared(dl): return n_items(_whole(dl).dl)
+    if is_shared(dl): return n_items(maker(dl))
     if isinstance(dl, DataLoader): return None if dl.bs is None else getattr(dl, 'partial_n', None) or dl.n
     if isinstance(dl, TorchDL) and dl.batch_sampler is None: return # the data set has the batches ready-made
     for o in (getattr(dl, 'sampler', None), getattr(dl, 'dataset', None)):
@@ -52,7 +58,7 @@ def batch_size(
     dl # Any loader
 )->int: # Items in a batch; None where the loader can't tell
     "The batch size of a loader, or what comes near to it where batches are made by a sampler; of all processes together"
-    if is_shared(dl): return n_sharing(dl)*(batch_size(_whole(dl).dl) or 0) or None
+    if is_shared(dl): return n_sharing(dl)*(batch_size(maker(dl)) or 0) or None
     bs,n = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None),n_items(dl)
     bs = bs or getattr(getattr(dl, 'batch_sampler', None), 'batch_size', None)
     if bs or not n: return (min(bs, n) if n else bs) or None
@@ -144,6 +150,8 @@ def _copy(dl, bs, kept):
         f"{type(dl).__name__}.new can't make a copy with another batch size ({type(e).__name__}: {e}): "
         "build your loaders with that batch size") from e
 
+def _shared_like(dl, inner): return type(dl)(inner, dl.rank, dl.world_size, dl.device)
+
 def _check_left(drop_last, bs, n, where=''):
     if n and drop_last and bs > n: raise ValueError(
         f"a batch of {bs:,} is more than the {n:,} items{where}, and drop_last is set, so there would be none")
@@ -158,7 +166,7 @@ def with_bs(self:DataLoader,
     if is_shared(self):
         n,where = n_items(self),f' in each of {self.world_size} processes'
         _check_left(self.drop_last, bs, n and n//self.world_size, where)
-        return type(self)(self.dl.with_bs(bs), self.rank, self.world_size, self.device)
+        return _shared_like(self, self.dl.with_bs(bs))
     kept = _kept(self)
     res = _copy(self, int(bs), kept)
     own = not type(self).__module__.startswith('fastai.')
@@ -172,7 +180,7 @@ def whole_batches(
     bs:int # Items in a batch, of all processes together
 )->DataLoader: # Without a short last batch, which is not what was asked for
     "The same loader with another batch size, for measurements that need all batches to be of that size"
-    if is_shared(dl): return type(dl)(whole_batches(dl.dl, bs//dl.world_size), dl.rank, dl.world_size, dl.device)
+    if is_shared(dl): return _shared_like(dl, whole_batches(dl.dl, bs//dl.world_size))
     res = dl.with_bs(bs)
     res.drop_last = True
     return res
@@ -276,8 +284,8 @@ class _Counting:
 
 def _full_sizes(dl):
     "Items in each batch of a fastai loader that has worker processes; nothing where it makes batches in its own way"
-    maker,n,size = type(dl.dl if is_shared(dl) else dl),n_items(dl),dl.bs
-    own = any(getattr(maker, o) is not getattr(DataLoader, o) for o in ('chunkify','create_batches'))
+    cls,n,size = type(maker(dl)),n_items(dl),dl.bs
+    own = any(getattr(cls, o) is not getattr(DataLoader, o) for o in ('chunkify','create_batches'))
     if own or not n or not size: return []
     n = math.ceil(n/n_sharing(dl))
     return [size]*(n//size) + [n%size]*(n%size > 0 and not dl.drop_last)
@@ -292,8 +300,8 @@ class CountedBatches(LoaderWrapper):
             if dl.fake_l.num_workers: counts,counting = _full_sizes(dl),nullcontext()
             elif dl.bs is None: counting = nullcontext()
             else:
-                maker = dl.dl if is_shared(dl) else dl
-                counting = _attribute(maker, 'do_batch', _Counting(maker.do_batch, counts))
+                o = maker(dl)
+                counting = _attribute(o, 'do_batch', _Counting(o.do_batch, counts))
         elif isinstance(dl, TorchDL) and dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset):
             # persistent workers have an iterator that stays, and a sampler in it
             o,nm = (dl._iterator,'_index_sampler') if getattr(dl, '_iterator', None) is not None else (dl,'batch_sampler')

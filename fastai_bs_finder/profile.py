@@ -26,8 +26,8 @@ from fastprogress.fastprogress import progress_bar
 from .stats import even_rounds, fit_step_time, is_number, is_whole
 from .callbacks import takes_part
 from .state import check_learner, check_loss, check_target, preserve
-from .loaders import EndlessBatches, batch_size, check_loader, n_items, n_sharing, whole_batches
-from .distributed import alone, processes_of, together
+from .loaders import EndlessBatches, batch_size, check_loader, maker, n_items, n_sharing, whole_batches
+from .distributed import alone, is_trainer, processes_of, together
 from .recorder import BSRecorder, log2_axis
 
 # %% ../nbs/08_profile.ipynb #14a0747c
@@ -356,14 +356,14 @@ def alone(self:_Profiler, bs):
     cbs,error,norms = self.learn.cbs,None,[m for m in self.model.modules() if isinstance(m, nn.SyncBatchNorm)]
     for m in norms: m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m) # without asking the others
     try:
-        self.learn.cbs = L(o for o in cbs if type(o).__name__!='DistributedTrainer')
-        self.learn.dls.train = whole_batches(self.train.dl, bs//self.procs.n)
+        self.learn.cbs = L(o for o in cbs if not is_trainer(o))
+        self.learn.dls.train = whole_batches(maker(self.train), bs//self.procs.n)
         self.learn.fit(1, 0., cbs=_OneStep())
     except Exception as e: error = e
     finally: self.learn.cbs = cbs
     for m in norms: del m.forward
     give_back(self.device)
-    self.procs.together(error)
+    self.procs.raise_in_all(error)
 
 # %% ../nbs/08_profile.ipynb #cf5c9a62
 @patch

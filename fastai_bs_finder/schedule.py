@@ -15,7 +15,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import find_bs
 from .stats import is_number, is_whole
 from .callbacks import accumulates
-from .loaders import batch_size, bs_here, check_loader, is_shared, n_items, n_sharing
+from .loaders import batch_size, bs_here, check_loader, maker, n_items, n_sharing
 from .losses import reduction
 from .distributed import processes_of
 from .profile import profile_of
@@ -72,7 +72,7 @@ class BatchSizeSchedule(Callback):
 # %% ../nbs/15_schedule.ipynb #15a00029
 def _hand_over(a, b):
     "The order of batches goes on where the loader `a` has left off; PyTorch's have no state of their own"
-    a,b = (o.dl if is_shared(o) else o for o in (a,b))
+    a,b = maker(a),maker(b)
     if a is not b and hasattr(a, 'rng'): b.rng.setstate(a.rng.getstate())
 
 @patch
