@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['alone', 'Processes', 'Group', 'is_trainer', 'processes_of', 'shared_dl', 'together']
 
-# %% ../nbs/04a_distributed.ipynb #04a00005
-import gc, math, os, pickle, sys, traceback, warnings
+# %% ../nbs/04a_distributed.ipynb #43a54a4f
+import gc, math, os, pickle, sys, time, traceback, warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from datetime import timedelta
 from functools import lru_cache
 import torch, torch.distributed as dist
 import torch.distributed.nn.functional
@@ -136,7 +135,7 @@ def processes_of(
     if cb is None or not dist.is_initialized() or dist.get_world_size()==1: return alone
     return Group(cb.accelerator.device)
 
-# %% ../nbs/04a_distributed.ipynb #04a00019
+# %% ../nbs/04a_distributed.ipynb #c839151e
 def _packed(error):
     "An error that can be sent, or what can be said of it"
     try:
@@ -151,9 +150,9 @@ def _raise(packed, error):
     res.of_all = True
     raise res from error
 
-_wait,_wait_nccl = 60,10 # seconds that a process which has failed waits for the others
+_soon,_wait,_wait_nccl = 1,60,10 # seconds that a process which has failed waits for the others
 
-# %% ../nbs/04a_distributed.ipynb #04a00020
+# %% ../nbs/04a_distributed.ipynb #26200d64
 @patch
 @contextmanager
 def one_fate(self:Group):
@@ -174,24 +173,33 @@ def _end(error):
 
 _failures = 0 # so far, in all processes alike
 
-def _meet(procs, error):
-    "Write the error down, wake the others, wait for them, and raise the error that came first"
-    global _failures
-    store,key,packed = dist.distributed_c10d._get_default_store(),f'fastai_bs_finder/{_failures}',_packed(error)
-    store.compare_set(f'{key}/error', '', packed.hex())
-    nccl,backend = _has_nccl(),dist.get_backend()
-    if not nccl: _leave()
+def _all_came(store, key, procs, seconds):
+    "Wait for all to come here. They go on with one answer, that of the first who knows"
     store.set(f'{key}/{procs.rank}', 'here')
+    keys,end = [f'{key}/{i}' for i in range(procs.n)],time.monotonic()+seconds
+    while not (there := store.check(keys)) and time.monotonic() < end: time.sleep(.01) # `store.wait` would print a warning
+    return store.compare_set(key, '', 'all' if there else 'some')==b'all'
+
+def _meet(procs, error):
+    "Write the error down, wake the others if need be, wait for them, and raise the error that came first"
+    global _failures
+    store,key,nccl = dist.distributed_c10d._get_default_store(),f'fastai_bs_finder/{_failures}',_has_nccl()
+    store.compare_set(f'{key}/error', '', _packed(error).hex())
     _failures += 1
-    try: store.wait([f'{key}/{i}' for i in range(procs.n)], timedelta(seconds=_wait_nccl if nccl else _wait))
-    except Exception:
-        error.of_all = True # as far as there is anybody
+    if not _all_came(store, f'{key}/failed', procs, _wait_nccl if nccl else _soon):
         if nccl: _end(error)
-        raise error
-    if not nccl:
-        dist.init_process_group(backend, store=dist.PrefixStore(key, store), rank=procs.rank, world_size=procs.n)
-        procs.gather(torch.zeros(1)) # nobody goes on before all are connected
+        _meet_anew(procs, error, store, key)
     _raise(bytes.fromhex(store.get(f'{key}/error').decode()), error)
+
+def _meet_anew(procs, error, store, key):
+    "The others wait in an exchange that will never be complete: leave, which wakes them, and connect again"
+    backend = dist.get_backend()
+    _leave()
+    if not _all_came(store, f'{key}/left', procs, _wait):
+        error.of_all = True # as far as there is anybody
+        raise error
+    dist.init_process_group(backend, store=dist.PrefixStore(key, store), rank=procs.rank, world_size=procs.n)
+    procs.gather(torch.zeros(1)) # nobody goes on before all are connected
 
 # %% ../nbs/04a_distributed.ipynb #04a00022
 def _leave():

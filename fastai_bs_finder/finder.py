@@ -281,10 +281,11 @@ def _not_finite(self:BSFinder, loss):
         f"{'measurement made before that is' if n==1 else 'measurements made before that are'} kept. {self.estimator.if_nan}")
     self.broke = True
 
-# %% ../nbs/11_finder.ipynb #6cc3361e
+# %% ../nbs/11_finder.ipynb #8af56107
 def _other_optimizers(learn):
     "Names of attributes of the learner that hold optimizers beside its own"
-    def is_one(o): return hasattr(o, 'step') and hasattr(o, 'zero_grad') and o is not learn.opt and not isinstance(o, type)
+    def is_one(o): # MixedPrecision pretends to be an optimizer
+        return hasattr(o, 'step') and hasattr(o, 'zero_grad') and o is not learn.opt and not isinstance(o, (type,Callback))
     held = {k: v if isinstance(v, (list,tuple,L)) else [v] for k,v in vars(learn).items() if k not in ('opt','cbs')}
     return [k for k,v in held.items() if any(map(is_one, v))]
 

@@ -45,7 +45,7 @@ class Pair(NamedTuple):
     b_small: float # Mean number of examples in a small batch, in this process
     b_big: int # Number of examples in the big batch, in all processes together
 
-# %% ../nbs/06_gradients.ipynb #9de55986
+# %% ../nbs/06_gradients.ipynb #da4b8ba5
 class Measurement(NamedTuple):
     "What was summed up since the last measurement"
     noise: float # tr Σ, mean over the pairs
@@ -54,11 +54,17 @@ class Measurement(NamedTuple):
     n_bad: float # Pairs that were NaN or infinite, and left out
     loss: float # Sum of the losses
 
+def _weighted_sums(pairs):
+    "Of `noise` and `scale`, and of their weights; and how many are NaN or infinite, which count for nothing"
+    both = torch.stack([torch.stack(noise_and_scale(*o)) for o in pairs])
+    ok,b = both.isfinite().all(1),both.new_tensor([o.b_big for o in pairs])
+    return torch.cat([torch.where(ok[:,None], both, 0.).T@b, torch.stack([(ok*b).sum(), (~ok).to(b).sum()])])
+
 class PairSums:
     "Sums over pairs and losses, on the device"
     def __init__(self,
         procs:Processes=alone # Those that train together
-    ): self.procs,self.pairs,self.loss = procs,None,None
+    ): self.procs,self.pairs,self.loss = procs,[],None
 
     def add_loss(self,
         loss:Tensor # Of a batch
@@ -70,20 +76,17 @@ class PairSums:
         pair:Pair, # Pair to add, weighted by its number of examples
         loss_scale:Tensor=None # What the loss was multiplied with before `backward`; None: 1
     ):
-        "Add `noise` and `scale` of a pair, without waiting for the device"
-        noise,scale = noise_and_scale(*pair)
-        if loss_scale is not None: noise,scale = (o/loss_scale.to(o)**2 for o in (noise,scale))
-        ok,b = (noise+scale).isfinite(),pair.b_big
-        sums = torch.stack([torch.where(ok, noise, 0.)*b, torch.where(ok, scale, 0.)*b, ok*float(b), (~ok).to(noise)])
-        self.pairs = sums if self.pairs is None else self.pairs+sums
+        "Keep a pair, without waiting for the device"
+        small,big = pair[:2] if loss_scale is None else (o/loss_scale.to(o)**2 for o in pair[:2])
+        self.pairs.append(Pair(small, big, *pair[2:]))
 
     def take(self)->Measurement: # None if there was not even a loss
         "Hand over the sums and begin anew: here, and only here, we wait for the device and for other processes"
         pairs,loss = self.pairs,self.loss
-        self.pairs,self.loss = None,None
+        self.pairs,self.loss = [],None
         if loss is None: return
-        if pairs is None: pairs = torch.zeros(4, device=loss.device)
-        noise,scale,n,n_bad,loss = self.procs.mean(torch.cat([pairs, loss.to(pairs).view(1)])).tolist()
+        sums = _weighted_sums(pairs) if pairs else torch.zeros(4, device=loss.device)
+        noise,scale,n,n_bad,loss = self.procs.mean(torch.cat([sums, loss.to(sums).view(1)])).tolist()
         return Measurement(noise/n if n else 0., scale/n if n else 0., n, n_bad, loss)
 
 # %% ../nbs/06_gradients.ipynb #5d7f9c63

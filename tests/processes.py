@@ -8,15 +8,23 @@ warnings.filterwarnings('ignore', module=r'(torch|fastai|accelerate)\.')
 
 import numpy as np, torch, torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader as TorchDL, TensorDataset
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import *
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from fastai.distributed import *
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from fastai_bs_finder.all import *
 from fastai_bs_finder import distributed
-from helpers import loaders, make_learner, plain_learner, same, search, weights
-from measuring import exact, learner
+from helpers import digits, loaders, make_learner, plain_learner, same, search, weights
+from measuring import exact, learner, net
 
 rank,n_procs = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
 torch.set_num_threads(1)
@@ -127,23 +135,56 @@ def watching():
     with distrib(learn), learn.no_logging(): learn.fit(2, 1e-2, cbs=[cb := BatchSizeSchedule({0: 64, 1: 256}, max_bs=128)])
     return res | dict(history=cb.history)
 
+class Compress(Callback):
+    "A communication hook of the user's"
+    run_mock,order = True,12 # after the model is wrapped
+    def before_fit(self):
+        if isinstance(self.model, DistributedDataParallel): self.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+def normed(): return nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16,10))
+
+def with_worker(learn):
+    learn.dls.loaders = [o.new(num_workers=1) for o in learn.dls.loaders]
+    return learn
+
+def torch_learner():
+    set_seed(0)
+    x,y = (torch.stack(o) for o in zip(*digits()))
+    dls = DataLoaders(*(TorchDL(TensorDataset(x[i:j], y[i:j]), batch_size=4, shuffle=i==0) for i,j in ((0,128),(128,256))))
+    return Learner(dls, net(), CrossEntropyLossFlat(), opt_func=Adam).remove_cb(ProgressCallback)
+
+def company():
+    "What people have beside it: noise and scale, those of a search without, and whether all is as before"
+    makes = dict(
+        hook=lambda: learner(bs=4, cbs=Compress()), norm=lambda: learner(normed), bf16=lambda: learner(bs=4).to_bf16(),
+        workers=lambda: with_worker(learner(bs=4)), torch=torch_learner)
+    res = {}
+    for name,make in makes.items():
+        learn = make()
+        with distrib(learn):
+            before = weights(learn)
+            for method in ('accumulate','distributed'): res[name,method] = still(learn, method)[:2],same(before, weights(learn))
+        learn = make()
+        res[name] = still(learn, 'accumulate', num_it=320)[:2]
+    return res
+
 # --- what goes wrong
 
 class Fails(Callback):
     "Fails at an event, in one process"
     run_mock,run_valid,order = True,False,50
-    def __init__(self, event, error, only=1): self.event,self.error,self.only,self.n = event,error,only,0
+    def __init__(self, event, error, only=(1,)): self.event,self.error,self.only,self.n = event,error,only,0
     def __getattr__(self, k):
         if k==self.__dict__.get('event'): return self.fail
         raise AttributeError(k)
     def fail(self):
         self.n += 1
-        if rank==self.only and (self.n==3 or self.event in ('before_fit','after_fit','before_epoch','before_train')): raise self.error
+        if rank in self.only and (self.n==3 or self.event in ('before_fit','after_fit','before_epoch','before_train')): raise self.error
 
 def failing(cb, call=None):
     "What each process raises, how long it took, and whether all is as before"
     learn = plain_learner(bs=32)
-    learn.add_cb(cb)
+    learn.add_cbs([cb] if cb else [])
     with distrib(learn):
         before,start,error = state(learn),time.perf_counter(),None
         try: (call or (lambda learn: search(learn)))(learn)
@@ -156,12 +197,28 @@ events = ('before_fit before_epoch before_train before_batch after_pred after_lo
 
 def faults():
     "One process fails at each event; afterwards all can go on"
+    distributed._soon = .1
     res = {e: failing(Fails(e, ValueError(f'boom in {e}'))) for e in events}
     res['interrupt'] = failing(Fails('before_step', KeyboardInterrupt()))
-    res['first'] = failing(Fails('after_pred', ZeroDivisionError('boom'), only=0), lambda learn: learn.bs_find(show_plot=False, seconds=5))
+    res['first'] = failing(Fails('after_pred', ZeroDivisionError('boom'), only=(0,)), lambda learn: learn.bs_find(show_plot=False, seconds=5))
+    def profile(learn):
+        learn.bs_profile(limit=20, show_plot=False)
+        raise RuntimeError(learn.recorder.profile_end) # what was timed before is kept
+    def race(learn): learn.lr_race(seconds=5, show_plot=False)
+    for e in ('before_fit','after_loss','after_batch'):
+        for call in (profile,race): res[f'{call.__name__}, {e}'] = failing(Fails(e, ValueError(f'boom in {e}')), call)
     learn = plain_learner(bs=32)
     with distrib(learn): search(learn)
     return res | dict(afterwards=learn.recorder.bs_find_stats.values.tolist())
+
+def common_faults():
+    "All processes fail at once: nothing of the user's that belongs to the process group is taken away"
+    failing(None) # which connects the processes
+    group,mine,ddp = dist.group.WORLD,dist.new_group(),DistributedDataParallel(nn.Linear(2,2))
+    res = dict(event=failing(Fails('after_loss', ValueError('boom'), only=range(n_procs))), argument=failing(None, lambda learn: learn.bs_find(-1.)))
+    ddp(torch.ones(2,2)*rank).sum().backward()
+    dist.all_reduce(t := torch.ones(1), group=mine)
+    return res, dist.group.WORLD is group, t.item(), ddp.module.weight.grad.tolist()
 
 class Full(Callback):
     "One process has no memory for more than `most` items"

@@ -1,5 +1,5 @@
 "Callbacks and optimizers beside a search: they change no measurement, and work on afterwards."
-import sys, sysconfig, types
+import sys, sysconfig, types, warnings
 from copy import deepcopy
 from functools import partial
 
@@ -202,6 +202,12 @@ def test_a_second_optimizer():
     learn.critics = [SGD([nn.Parameter(torch.ones(3))], lr=.1)]
     with pytest.warns(UserWarning, match=r'further optimizers \(critics\).*no batch size follows from it'):
         learn.bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
+
+def test_mixed_precision_is_no_second_optimizer():
+    "Though it pretends to be one"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'the learner has further optimizers')
+        learner().to_bf16().bs_find(1e-3, num_it=40, show_plot=False, suggest_funcs=None)
 
 @pytest.mark.parametrize('call', [lambda o: o.bs_find(1e-3, num_it=40, show_plot=False), lambda o: o.bs_profile()])
 def test_what_to_do_where_a_callback_cannot_do_with_a_mock_training(call):

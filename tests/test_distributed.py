@@ -83,6 +83,23 @@ def test_one_fate(tmp_path):
         assert ('KeyboardInterrupt' if name=='interrupt' else 'boom') in ' '.join(error), (name, error)
         assert max(seconds, second[name][1]) < 30, (name, seconds)
 
+def test_what_fails_in_all_processes(tmp_path):
+    "Nothing is taken away: groups and models of the user's own stay in use"
+    for errors,same_group,total,grad in run('common_faults', tmp_path):
+        for nm,expected in dict(event='boom', argument='lr must be positive').items():
+            (_,said),seconds,as_before = errors[nm]
+            assert expected in said and as_before and seconds < 30, nm
+        assert same_group and total==2 and grad==[[1.,1.],[1.,1.]] # the mean of 0 and 2, in each row
+
+def test_in_company(tmp_path):
+    "A communication hook, batch norm, bfloat16, worker processes, PyTorch's loaders"
+    first,*others = run('company', tmp_path)
+    assert all(o==first for o in others)
+    for name in ('hook','norm','bf16','workers','torch'):
+        for method in ('accumulate','distributed'):
+            found,as_before = first[name,method]
+            assert found==pytest.approx(first[name], rel=.2) and as_before, (name, method)
+
 def test_memory_and_nan_in_one_process(tmp_path):
     first,second = run('memory', tmp_path)
     assert first['full'][:2]==second['full'][:2]
