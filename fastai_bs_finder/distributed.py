@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['alone', 'Processes', 'Group', 'is_trainer', 'processes_of', 'shared_dl', 'together']
 
-# %% ../nbs/04a_distributed.ipynb #43a54a4f
+# %% ../nbs/04a_distributed.ipynb #bed74c93
 import gc, math, os, pickle, sys, time, traceback, warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -19,13 +19,13 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
-from .state import saved_random_state
+from .state import _HeldSignals, saved_random_state
 from .loaders import is_shared, n_items
 
-# %% ../nbs/04a_distributed.ipynb #04a00009
+# %% ../nbs/04a_distributed.ipynb #f035c0ca
 class Processes:
     "The processes that train one learner together: here, a single one"
-    n,rank = 1,0 # how many, and the number of this one
+    n,rank,lost = 1,0,False # how many, the number of this one, and has it lost the others after an error?
 
     def gather(self,
         t:Tensor # Of the same shape in all of them
@@ -78,7 +78,7 @@ def anywhere(self:Processes,
     "Does it hold for any of them?"
     return bool(self.most(float(flag))[0])
 
-# %% ../nbs/04a_distributed.ipynb #04a00014
+# %% ../nbs/04a_distributed.ipynb #534486d4
 def _has_nccl(): return 'nccl' in dist.get_backend()
 
 class Group(Processes):
@@ -86,6 +86,9 @@ class Group(Processes):
     def __init__(self,
         device:torch.device=None # Where this process trains
     ): self.n,self.rank,self.device = dist.get_world_size(),dist.get_rank(),device
+
+    @property
+    def lost(self): return not dist.is_initialized()
 
     def _there(self, t):
         "Where the process group takes tensors from"
@@ -110,14 +113,14 @@ class Group(Processes):
         first = next((o for o in all_errors if o), None)
         if first: _raise(first, error)
 
-# %% ../nbs/04a_distributed.ipynb #04a00016
+# %% ../nbs/04a_distributed.ipynb #c52d8d31
 _whole = 'NO','MULTI_' # how accelerate's names of settings begin in which each process has the whole model
 
 def _check_kind(cb):
     kind = str(getattr(getattr(cb, 'accelerator', None), 'distributed_type', 'NO')).split('.')[-1]
     if not kind.startswith(_whole): raise ValueError(
-        f"this training is set up for {kind}, where no process ever holds a gradient of its own: each has a part of the "
-        "average only, so there is no small batch to compare it with. Measure with DistributedDataParallel (a smaller model of "
+        f"this training is set up for {kind}, and what is compared here are gradients of processes that have the whole model. "
+        "With FSDP or DeepSpeed each has a part of the average only. Measure with DistributedDataParallel (a smaller model of "
         "the same kind, if need be), or in one process with gradient accumulation, outside of `distrib_ctx`")
 
 def is_trainer(
@@ -135,24 +138,24 @@ def processes_of(
     if cb is None or not dist.is_initialized() or dist.get_world_size()==1: return alone
     return Group(cb.accelerator.device)
 
-# %% ../nbs/04a_distributed.ipynb #c839151e
+# %% ../nbs/04a_distributed.ipynb #65a31c29
 def _packed(error):
-    "An error that can be sent, or what can be said of it"
-    try:
-        res = pickle.dumps(error)
-        pickle.loads(res)
-        return res
-    except Exception: return pickle.dumps(RuntimeError(f'{type(error).__name__}: {error}'))
+    "An error that can be sent, and what can be said of it"
+    try: res = pickle.dumps(error)
+    except Exception: res = b''
+    return pickle.dumps((res, f'{type(error).__name__}: {error}'))
 
 def _raise(packed, error):
     "Raise the error of all; `error` is what happened here"
-    res = pickle.loads(packed)
+    packed,said = pickle.loads(packed)
+    try: res = pickle.loads(packed)
+    except Exception: res = RuntimeError(said) # not every error can be sent
     res.of_all = True
     raise res from error
 
 _soon,_wait,_wait_nccl = 1,60,10 # seconds that a process which has failed waits for the others
 
-# %% ../nbs/04a_distributed.ipynb #26200d64
+# %% ../nbs/04a_distributed.ipynb #cf5d1b09
 @patch
 @contextmanager
 def one_fate(self:Group):
@@ -173,42 +176,56 @@ def _end(error):
 
 _failures = 0 # so far, in all processes alike
 
-def _all_came(store, key, procs, seconds):
-    "Wait for all to come here. They go on with one answer, that of the first who knows"
-    store.set(f'{key}/{procs.rank}', 'here')
+def _all_came(store, key, procs, seconds, word='here'):
+    "Wait for all to come and say the same word. They go on with one answer, that of the first who knows"
     keys,end = [f'{key}/{i}' for i in range(procs.n)],time.monotonic()+seconds
-    while not (there := store.check(keys)) and time.monotonic() < end: time.sleep(.01) # `store.wait` would print a warning
-    return store.compare_set(key, '', 'all' if there else 'some')==b'all'
+    store.set(keys[procs.rank], word)
+    while not (there := store.check(keys)) and not store.check([key]) and time.monotonic() < end:
+        time.sleep(.01) # `store.wait` would print a warning
+    same = there and len({store.get(o) for o in keys})==1
+    return store.compare_set(key, '', 'all' if same else 'some')==b'all'
 
 def _meet(procs, error):
     "Write the error down, wake the others if need be, wait for them, and raise the error that came first"
+    if procs.lost: raise error
+    held = _HeldSignals(_meet.__code__)
+    held.start() # an interrupt in here would part the processes, and an error is raised anyway
+    try: packed = _error_of_all(procs, error)
+    finally: held.stop()
+    _raise(packed, error)
+
+def _error_of_all(procs, error):
     global _failures
     store,key,nccl = dist.distributed_c10d._get_default_store(),f'fastai_bs_finder/{_failures}',_has_nccl()
-    store.compare_set(f'{key}/error', '', _packed(error).hex())
     _failures += 1
-    if not _all_came(store, f'{key}/failed', procs, _wait_nccl if nccl else _soon):
+    store.compare_set(f'{key}/error', '', _packed(error).hex())
+    n = dist.group.WORLD._get_sequence_number_for_group() # of exchanges: one that some have begun would meet another later
+    if not _all_came(store, f'{key}/failed', procs, _wait_nccl if nccl else _soon, str(n)):
         if nccl: _end(error)
-        _meet_anew(procs, error, store, key)
-    _raise(bytes.fromhex(store.get(f'{key}/error').decode()), error)
+        _connect_anew(procs, error, store, key)
+    return bytes.fromhex(store.get(f'{key}/error').decode())
 
-def _meet_anew(procs, error, store, key):
-    "The others wait in an exchange that will never be complete: leave, which wakes them, and connect again"
-    backend = dist.get_backend()
-    _leave()
-    if not _all_came(store, f'{key}/left', procs, _wait):
-        error.of_all = True # as far as there is anybody
-        raise error
-    dist.init_process_group(backend, store=dist.PrefixStore(key, store), rank=procs.rank, world_size=procs.n)
-    procs.gather(torch.zeros(1)) # nobody goes on before all are connected
-
-# %% ../nbs/04a_distributed.ipynb #04a00022
-def _leave():
+# %% ../nbs/04a_distributed.ipynb #46ecf210
+def _leave(error):
     "Leave the process group, and close its connections"
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     for o in gc.get_objects():
         if type(o) is DistributedDataParallel:
             for k in ('reducer','logger','process_group'): vars(o).pop(k, None)
     dist.destroy_process_group()
     gc.collect()
+
+def _connect_anew(procs, error, store, key):
+    "The others wait in an exchange that will never be complete: leave, which wakes them, and make a new process group"
+    backend = dist.get_backend()
+    options = getattr(dist.group.WORLD._get_backend(torch.device('cpu')), 'options', None)
+    _leave(error)
+    if not _all_came(store, f'{key}/left', procs, _wait): return
+    dist.init_process_group(backend, store=dist.PrefixStore(key, store), rank=procs.rank, world_size=procs.n,
+                            timeout=getattr(options, '_timeout', None))
+    procs.gather(torch.zeros(1)) # nobody goes on before all are connected
 
 # %% ../nbs/04a_distributed.ipynb #04a00024
 @lru_cache(None)

@@ -95,15 +95,22 @@ def before_fit(self:BSFinder):
     self.cuts = est.name=='split'
     self._start(est, trainable(p for pl in self.opt.param_lists for p in pl))
 
-# %% ../nbs/11_finder.ipynb #73a6950d
+# %% ../nbs/11_finder.ipynb #8953b46d
 @patch
 def _note_first(self:BSFinder, n):
     "The first batch has `n` items, which a loader of ready-made batches didn't know"
-    if self.search.bs is None: self._note_sizes(n*self.procs.n, None)
+    if self.search.bs is None: self._note_ready_made(n)
     rows = set(first_dims((self.learn.xb,self.learn.yb)))
     if n==1 and len(rows)==1 and max(rows) > 1: warn(
         f"The loader says that a batch has one item, and its tensors have {max(rows)} rows each. It counts as one item, as a "
         "graph or a sequence. If the dataset has whole batches ready-made, use a loader with bs=None, which counts the rows")
+
+@patch
+def _note_ready_made(self:BSFinder, n):
+    least,most = self.procs.least(n),self.procs.most(n)[0]
+    if least!=most: raise ValueError(
+        f"the batches of the processes have {least:g} to {most:g} items, and should have equally many: let the loader make them")
+    self._note_sizes(n*self.procs.n, None)
 
 @patch
 def _note_sizes(self:BSFinder, bs, n):
@@ -281,7 +288,7 @@ def _not_finite(self:BSFinder, loss):
         f"{'measurement made before that is' if n==1 else 'measurements made before that are'} kept. {self.estimator.if_nan}")
     self.broke = True
 
-# %% ../nbs/11_finder.ipynb #8af56107
+# %% ../nbs/11_finder.ipynb #6c23467c
 def _other_optimizers(learn):
     "Names of attributes of the learner that hold optimizers beside its own"
     def is_one(o): # MixedPrecision pretends to be an optimizer
@@ -438,7 +445,7 @@ def _search(learn, end, *args):
     finder.method = 'accumulate'
     _mock_training(learn, end, *args)
 
-# %% ../nbs/11_finder.ipynb #b14f3046
+# %% ../nbs/11_finder.ipynb #1c433211
 def _warn_of_result(rec, finder):
     "Say so where the windows were too large for the data, no signal was left, or the training diverged"
     search = rec.search
@@ -473,12 +480,15 @@ def _why_nothing(learn, finder):
 
 def _renew_profile(learn, rec, wanted, seconds):
     "Forget a profile of another model or other data; make a new one where it is `wanted`, and lose nothing if there can't be one"
-    if not processes_of(learn).anywhere(rec.profile.key!=profile_key(learn)): return
+    procs = processes_of(learn)
+    if not procs.anywhere(rec.profile.key!=profile_key(learn)): return
     rec.keep(profile=Profile())
     if not wanted: return
     why = ''
     try: learn.bs_profile(show_plot=False, limit=max(1e-3, seconds))
-    except Exception as e: why = f'{type(e).__name__}: {e}'
+    except Exception as e:
+        if procs.lost: raise
+        why = f'{type(e).__name__}: {e}'
     if rec.profile.largest_fit is None: warn(
         f"no batch size could be timed, so some suggestions are missing: {why or rec.profile.end}", stacklevel=4)
 

@@ -45,7 +45,7 @@ class Pair(NamedTuple):
     b_small: float # Mean number of examples in a small batch, in this process
     b_big: int # Number of examples in the big batch, in all processes together
 
-# %% ../nbs/06_gradients.ipynb #da4b8ba5
+# %% ../nbs/06_gradients.ipynb #855bc206
 class Measurement(NamedTuple):
     "What was summed up since the last measurement"
     noise: float # tr Σ, mean over the pairs
@@ -58,7 +58,8 @@ def _weighted_sums(pairs):
     "Of `noise` and `scale`, and of their weights; and how many are NaN or infinite, which count for nothing"
     both = torch.stack([torch.stack(noise_and_scale(*o)) for o in pairs])
     ok,b = both.isfinite().all(1),both.new_tensor([o.b_big for o in pairs])
-    return torch.cat([torch.where(ok[:,None], both, 0.).T@b, torch.stack([(ok*b).sum(), (~ok).to(b).sum()])])
+    good = torch.where(ok[:,None], both, 0.)*b[:,None] # no product of matrices: autocast would make that in half precision
+    return torch.cat([good.sum(0), torch.stack([(ok*b).sum(), (~ok).to(b).sum()])])
 
 class PairSums:
     "Sums over pairs and losses, on the device"

@@ -438,7 +438,7 @@ class Races:
         with learn.no_logging(): learn.fit(n_epoch, self.race.of_kind(rate), wd=self.wd, cbs=cbs)
         return racer
 
-# %% ../nbs/09_lr.ipynb #d52c1012
+# %% ../nbs/09_lr.ipynb #bc6b4356
 @patch
 def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
     "Run one racer"
@@ -447,7 +447,7 @@ def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
             if bs!=self.own_bs: self.learn.dls.train = whole_batches(self.learn.dls.train, bs)
             with unstalled(device_of(self.learn)): return self.fit(bs, rate, n_steps, self.until)
     except Exception as e:
-        if not out_of_memory(e): raise
+        if self.procs.lost or not out_of_memory(e): raise
         if not self.race.rows: raise torch.cuda.OutOfMemoryError(
             f"a batch of {bs} does not fit ({type(e).__name__}: {e}). Race with smaller ones, as `learn.lr_race(bs=...)` does: "
             "`learn.bs_profile()` says which sizes fit") from e

@@ -409,7 +409,7 @@ class Window:
         times = (n_acc/self.size)**2 if n_acc else 1.
         if self.n*n_procs > 1: return Pair(times*self.size*self.small, times*self.big, self.size/self.n, self.size*n_procs)
 
-# %% ../nbs/14_monitor.ipynb #14a00032
+# %% ../nbs/14_monitor.ipynb #a8ca9e30
 @patch
 def _accumulated(self:NoiseScaleMonitor):
     "Take one batch of a window in, without waiting for the device"
@@ -437,4 +437,6 @@ def _agree(self:NoiseScaleMonitor):
     batch = max(1e-9, (budget.elapsed-budget.spent)/self.seen)
     wait,refused = self.procs.most(budget.last/(budget.share*batch), self.refused is not None)
     self.wait = max(1, math.ceil(wait))
-    if refused: self.refused = self.refused or 'in another process'
+    if not refused or self.refused: return
+    self.refused = 'an error in another process'
+    if self.procs.rank==0: warn(f"The noise scale is not watched any more, and the training goes on without ({self.refused})")

@@ -384,7 +384,7 @@ def rows(self:_Profiler):
     times = dict(zip([o.bs for o in timed], times))
     return [o.row(float(times.get(o.bs, math.nan))) for o in self.tried],max(slower)/min(slower)
 
-# %% ../nbs/08_profile.ipynb #b573d7e0
+# %% ../nbs/08_profile.ipynb #fa900434
 @patch
 def attempt(self:_Profiler, f, bs):
     "Call `f`, which tries `bs`; whatever happens is kept as the reason why `bs` doesn't work"
@@ -392,6 +392,7 @@ def attempt(self:_Profiler, f, bs):
         with self.procs.one_fate(): f()
     except _NoSteps as e: self.failed[bs] = str(e)
     except Exception as e:
+        if self.procs.lost: raise
         self.tried,full = [o for o in self.tried if o.bs!=bs],out_of_memory(e)
         if not full and not any(o.fits for o in self.tried): self.error = self.error or e
         what = 'did not fit: out of memory' if full else f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'

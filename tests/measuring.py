@@ -48,7 +48,6 @@ def measure(learn, method='accumulate', num_it=320, n_batch=8, lr=1e-12, **kwarg
     "Search, by default at weights that stand still; check what holds for every search; noise and scale over all batches"
     kwargs = dict(beta=1, n_batch=n_batch) | kwargs
     n_batch = kwargs['n_batch']
-    if method=='split' and lr==1e-12: num_it *= 2 # its pairs have fewer examples and scatter more
     before,opt,fs,cbs = weights(learn),learn.opt,learn.loss_func,list(learn.cbs)
     learn.bs_find(lr, num_it=num_it, method=method, show_plot=False, suggest_funcs=None, **kwargs)
     rec,after = learn.recorder,learn.model.state_dict()

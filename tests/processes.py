@@ -57,31 +57,34 @@ def answers():
 
 def still(learn, method, **kwargs):
     "Noise, scale, their ratio and its interval, at weights that stand still"
-    learn.bs_find(1e-12, **dict(beta=1, show_plot=False, suggest_funcs=None, method=method, num_it=160, n_batch=8) | kwargs)
+    learn.bs_find(1e-12, **dict(beta=1, show_plot=False, suggest_funcs=None, method=method, num_it=80, n_batch=8) | kwargs)
     return learn.recorder.bs_find_stats.iloc[-1].tolist()
 
-def exactness():
-    "Ten seeds: the interval of several processes, and of one with as many examples, beside the exact value"
+def exactness(n_seeds=10):
+    "The interval of several processes, and of one with as many examples, beside the exact value"
     def make(seed):
         learn = learner(bs=4)
         learn.dls.train.rng.seed(seed)
         return learn
     res,(noise,scale) = dict(exact=None, several=[], stepping=[], one=[]),exact(learner(bs=4))
     res['exact'] = noise,scale
-    for seed in range(10):
+    for seed in range(n_seeds):
         learn = make(seed)
         with distrib(learn):
             res['several'].append(still(learn, 'accumulate'))
             res['stepping'].append(still(learn, 'distributed'))
-        res['one'].append(still(make(seed), 'accumulate', n_batch=8*n_procs, num_it=160*n_procs))
-    return res
+    share = [still(make(seed), 'accumulate', n_batch=8*n_procs, num_it=80*n_procs) for seed in range(rank, n_seeds, n_procs)]
+    dist.all_gather_object(shares := [None]*n_procs, share)
+    return res | dict(one=sum(shares, []))
+
+def exactness_of_four(): return exactness(4)
 
 def uneven():
     "Last batches that are shorter, and a dataset that does not divide; a loss that adds up; accumulation"
     res,total = {},CrossEntropyLossFlat(reduction='sum')
     for name,kwargs in dict(short=dict(bs=7, drop_last=False), sums=dict(bs=8, loss=total)).items():
         learn = learner(**kwargs)
-        with distrib(learn): res[name] = still(learn, 'accumulate', num_it=320)[:2],exact(learner(**kwargs))
+        with distrib(learn): res[name] = still(learn, 'accumulate', num_it=160)[:2],exact(learner(**kwargs))
     learn = plain_learner(bs=32, n=1001)
     learn.add_cb(GradientAccumulation(64))
     with distrib(learn):
@@ -112,9 +115,9 @@ def recipe():
     learn = plain_learner(bs=32)
     with distrib(learn):
         before = state(learn)
-        stats = learn.bs_profile(limit=20, show_plot=False)
-        race = learn.lr_race(seconds=3, show_plot=False)
-        sugg = learn.bs_find(seconds=8, epochs=2, show_plot=False)
+        stats = learn.bs_profile(limit=5, show_plot=False)
+        race = learn.lr_race(seconds=2, show_plot=False)
+        sugg = learn.bs_find(seconds=6, epochs=2, show_plot=False)
         table,as_before = learn.recorder.bs_table(),same(before, state(learn))
     with_it,without = trained(True),trained(False)
     return dict(profile=stats.values.tolist(), sizes=list(stats.index), race=tuple(race), sugg=sugg._asdict(), how=list(table.how),
@@ -163,7 +166,7 @@ def company():
         learn = make()
         with distrib(learn):
             before = weights(learn)
-            for method in ('accumulate','distributed'): res[name,method] = still(learn, method)[:2],same(before, weights(learn))
+            for method in ('accumulate','distributed'): res[name,method] = still(learn, method, num_it=160)[:2],same(before, weights(learn))
         learn = make()
         res[name] = still(learn, 'accumulate', num_it=320)[:2]
     return res
@@ -179,7 +182,8 @@ class Fails(Callback):
         raise AttributeError(k)
     def fail(self):
         self.n += 1
-        if rank in self.only and (self.n==3 or self.event in ('before_fit','after_fit','before_epoch','before_train')): raise self.error
+        once = self.event.endswith(('_fit','_epoch','_train'))
+        if rank in self.only and self.n==(1 if once else 3): raise self.error
 
 def failing(cb, call=None):
     "What each process raises, how long it took, and whether all is as before"
@@ -193,12 +197,20 @@ def failing(cb, call=None):
         return error,time.perf_counter()-start,same(before, state(learn))
 
 events = ('before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step '
-          'after_step after_batch').split()
+          'after_step after_batch after_train after_epoch after_cancel_fit after_fit').split()
 
-def faults():
+def some_faults(events=('before_batch','after_backward')):
     "One process fails at each event; afterwards all can go on"
     distributed._soon = .1
     res = {e: failing(Fails(e, ValueError(f'boom in {e}'))) for e in events}
+    res['apart'] = failing(Fails(('after_loss','before_batch')[rank%2], ValueError('boom'), only=range(n_procs)))
+    learn = plain_learner(bs=32)
+    with distrib(learn): search(learn)
+    return res | dict(afterwards=learn.recorder.bs_find_stats.values.tolist())
+
+def faults():
+    "Likewise, and in a profile and a race"
+    res = some_faults(events)
     res['interrupt'] = failing(Fails('before_step', KeyboardInterrupt()))
     res['first'] = failing(Fails('after_pred', ZeroDivisionError('boom'), only=(0,)), lambda learn: learn.bs_find(show_plot=False, seconds=5))
     def profile(learn):
@@ -218,7 +230,14 @@ def common_faults():
     res = dict(event=failing(Fails('after_loss', ValueError('boom'), only=range(n_procs))), argument=failing(None, lambda learn: learn.bs_find(-1.)))
     ddp(torch.ones(2,2)*rank).sum().backward()
     dist.all_reduce(t := torch.ones(1), group=mine)
-    return res, dist.group.WORLD is group, t.item(), ddp.module.weight.grad.tolist()
+    same_group = dist.group.WORLD is group
+    try:
+        with distributed.Group().one_fate(): # all fail, but some have begun an exchange
+            if rank: dist.all_reduce(torch.ones(1), async_op=True)
+            raise ValueError('boom')
+    except ValueError as e: boom = str(e)
+    after = distributed.Group().gather(torch.tensor([rank])).flatten().tolist()
+    return res, same_group, t.item(), ddp.module.weight.grad.tolist(), (boom, after, dist.group.WORLD is group)
 
 class Full(Callback):
     "One process has no memory for more than `most` items"
@@ -250,6 +269,5 @@ def memory():
     return dict(full=full, n_failed=n_failed, nan=(learn.recorder.bs_find_stats.values.tolist(), [str(o.message) for o in said]))
 
 if __name__=='__main__':
-    res = globals()[sys.argv[1]]()
-    (Path(sys.argv[2])/f'{rank}.pkl').write_bytes(pickle.dumps(res))
+    for name in sys.argv[1].split(','): (Path(sys.argv[2])/f'{name}_{rank}.pkl').write_bytes(pickle.dumps(globals()[name]()))
     dist.destroy_process_group()

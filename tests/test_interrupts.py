@@ -70,7 +70,7 @@ def short(learn): return search(learn, num_it=4, n_batch=2)
 def profiled(learn): return learn.bs_profile(bss=[8], limit=.05, show_plot=False)
 
 @pytest.mark.parametrize('call', [short, profiled])
-@pytest.mark.parametrize('n', [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [40, pytest.param(120, marks=pytest.mark.slow)])
 def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n, request):
     "It comes through afterwards, and all is as it was. With `--every-line` these are all lines, or else some of them"
     learn,counter = trained(tmp_path),Interrupt(codes_of(*own))
@@ -119,17 +119,17 @@ def test_two_interrupts_at_random_moments(tmp_path):
     old = signal.signal(signal.SIGINT, handler)
     before = everything(learn)
     try:
-        for _ in range(20):
+        for _ in range(8):
             thread = twice(rng.uniform(0, .1), rng.uniform(0, .01))
             try:
                 thread.start()
-                search(learn, num_it=2000)
+                search(learn, num_it=500)
             except KeyboardInterrupt: came.append(1)
             thread.join()
             now = everything(learn)
             assert not (d := [o for o in before if not same(before[o], now[o])]), d
     finally: signal.signal(signal.SIGINT, old)
-    assert len(came) >= 15 # some come before the search has begun
+    assert len(came) >= 6 # some come before the search has begun
 
 def test_a_handler_of_the_users_is_kept(tmp_path):
     "It is called, at the latest when all is put back, and stays"

@@ -38,7 +38,7 @@ def test_sum_over_the_batch(nm, n, method):
 def test_noise_and_scale_of_a_sum(nm, method):
     "Both are of the single examples' gradients, which are the same in a sum and in a mean"
     learn = learner(loss=sums[nm](), items=digits()[:123], drop_last=False)
-    assert_close(measure(learn, method), exact(learn))
+    assert_close(measure(learn, method, num_it=640), exact(learn))
 
 @pytest.mark.slow
 @each_method

@@ -274,7 +274,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     for i in range(60):
         process = processes.Process(target=study_in, args=(tmp_path,))
         process.start()
-        process.join(rng.uniform(.3, 1.5+i/4))
+        process.join(rng.uniform(.3, 1.5+i/2))
         if not process.is_alive(): break
         process.kill()
         process.join()
