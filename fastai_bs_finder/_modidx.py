@@ -132,6 +132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_bs_finder/distributed.py'),
                                               'fastai_bs_finder.distributed._raise': ( 'distributed.html#_raise',
                                                                                        'fastai_bs_finder/distributed.py'),
+                                              'fastai_bs_finder.distributed._say_what_is_missing': ( 'distributed.html#_say_what_is_missing',
+                                                                                                     'fastai_bs_finder/distributed.py'),
                                               'fastai_bs_finder.distributed._shared': ( 'distributed.html#_shared',
                                                                                         'fastai_bs_finder/distributed.py'),
                                               'fastai_bs_finder.distributed._shared_dl': ( 'distributed.html#_shared_dl',

@@ -227,13 +227,16 @@ def _connect_anew(procs, error, store, key):
                             timeout=getattr(options, '_timeout', None))
     procs.gather(torch.zeros(1)) # nobody goes on before all are connected
 
-# %% ../nbs/04a_distributed.ipynb #04a00024
+# %% ../nbs/04a_distributed.ipynb #c599dae9
 @lru_cache(None)
 def _shared_dl():
     from fastai.distributed import DistributedDL
     class SharedDL(DistributedDL):
         "fastai's `DistributedDL`, on any device"
         def _broadcast(self, t, rank):
+            if not dist.is_initialized(): raise RuntimeError(
+                f"{num_distrib()} processes were started, and they are not connected yet: put this inside of "
+                "`with learn.distrib_ctx():`")
             t = Group()._there(torch.as_tensor(t))
             dist.broadcast(t, rank)
             return t.tolist()
@@ -275,12 +278,21 @@ def _shared(dls, device=None):
     if device is not None: res._device = device # the setter of `device` would move the user's loaders
     return res
 
-# %% ../nbs/04a_distributed.ipynb #04a00029
+# %% ../nbs/04a_distributed.ipynb #945a69a9
 @contextmanager
 def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
+
+def _say_what_is_missing(learn, procs):
+    n = num_distrib()
+    if procs.n < n and not procs.rank: warnings.warn(
+        f"{n} processes were started, and each of them does this by itself. To do it together, put it inside of "
+        "`with learn.distrib_ctx():`", stacklevel=5)
+    elif procs.n > 1 and procs.rank==0 and procs.device.type=='cpu' and not is_shared(learn.dls.train): warnings.warn(
+        "without a GPU a training in several processes needs `learn.dls = learn.dls.shared()`, and this learner has other "
+        "loaders: what is measured here goes on, but a training will fail", stacklevel=5)
 
 @contextmanager
 def together(
@@ -288,6 +300,7 @@ def together(
 ):
     "Let the processes that train `learn` do the same in here: one fate, one voice, and loaders that know of each other"
     procs,was = processes_of(learn),learn.dls
+    _say_what_is_missing(learn, procs)
     if procs.n==1: yield procs
     else:
         import torch._dynamo # as DistributedDataParallel does when it is first used: that takes seconds, which nobody is to time

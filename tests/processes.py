@@ -225,6 +225,10 @@ def faults():
 
 def common_faults():
     "All processes fail at once: nothing of the user's that belongs to the process group is taken away"
+    learn = plain_learner(bs=32)
+    learn.dls = learn.dls.shared()
+    try: search(learn)
+    except RuntimeError as e: forgotten = str(e)
     failing(None) # which connects the processes
     group,mine,ddp = dist.group.WORLD,dist.new_group(),DistributedDataParallel(nn.Linear(2,2))
     res = dict(event=failing(Fails('after_loss', ValueError('boom'), only=range(n_procs))), argument=failing(None, lambda learn: learn.bs_find(-1.)))
@@ -237,7 +241,7 @@ def common_faults():
             raise ValueError('boom')
     except ValueError as e: boom = str(e)
     after = distributed.Group().gather(torch.tensor([rank])).flatten().tolist()
-    return res, same_group, t.item(), ddp.module.weight.grad.tolist(), (boom, after, dist.group.WORLD is group)
+    return forgotten, res, same_group, t.item(), ddp.module.weight.grad.tolist(), (boom, after, dist.group.WORLD is group)
 
 class Full(Callback):
     "One process has no memory for more than `most` items"

@@ -88,7 +88,8 @@ def test_one_fate(tmp_path, n):
 
 def test_what_fails_in_all_processes(tmp_path):
     "Nothing is taken away: groups and models of the user's own stay in use"
-    for errors,same_group,total,grad,apart in run('common_faults', tmp_path):
+    for forgotten,errors,same_group,total,grad,apart in run('common_faults', tmp_path):
+        assert 'put this inside of `with learn.distrib_ctx():`' in forgotten
         for nm,expected in dict(event='boom', argument='lr must be positive').items():
             (_,said),seconds,as_before = errors[nm]
             assert expected in said and as_before and seconds < 30, nm
