@@ -227,7 +227,7 @@ def _connect_anew(procs, error, store, key):
                             timeout=getattr(options, '_timeout', None))
     procs.gather(torch.zeros(1)) # nobody goes on before all are connected
 
-# %% ../nbs/04a_distributed.ipynb #c599dae9
+# %% ../nbs/04a_distributed.ipynb #3dce66de
 @lru_cache(None)
 def _shared_dl():
     from fastai.distributed import DistributedDL
@@ -253,7 +253,12 @@ def _shared_dl():
         def rng(self): return self.dl.rng
         @rng.setter
         def rng(self, value): self.dl.rng = value
+    SharedDL.__qualname__ = 'SharedDL' # by which its pickles find it
     return SharedDL
+
+def __getattr__(name):
+    if name=='SharedDL': return _shared_dl()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 def shared_dl(
     dl, # A loader of fastai's or PyTorch's

@@ -6,7 +6,7 @@
 __all__ = ['RunLog', 'valid_names', 'larger_is_better', 'ToTarget', 'Dynamics', 'hessian_max', 'sharpness', 'Plan', 'WarmUp',
            'run', 'Study', 'bs_study']
 
-# %% ../nbs/13_study.ipynb #7a2c0005
+# %% ../nbs/13_study.ipynb #1dc4414c
 import json, math, os, random, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from warnings import warn
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from fastcore.basics import patch
+from fastai.callback import core
 from fastai.callback.core import Callback, CancelFitException, CancelValidException, FetchPredsCallback
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import * # which gives learners `fit_one_cycle`
@@ -241,7 +243,7 @@ class Dynamics(Callback):
         gone = [_length(torch._foreach_sub([p.detach() for p in g], o)) for g,o in zip(self.groups, self.first) if g]
         self.distances.append((self.log.steps, torch.stack(gone)))
 
-# %% ../nbs/13_study.ipynb #7a2c0032
+# %% ../nbs/13_study.ipynb #377a8213
 @contextmanager
 def _as_they_are(dls, bs=None):
     "A loader over all items of the training set, without augmentation and in an order that is always the same"
@@ -255,8 +257,8 @@ def _as_they_are(dls, bs=None):
 
 def _batches(learn, n):
     "Inputs, targets and number of items of batches of the training set, `n` items together"
-    res,seen = [],0
-    with _as_they_are(learn.dls) as dl:
+    res,seen,sizes = [],0,[batch_size(o) or 1 for o in learn.dls.loaders[:2]]
+    with _as_they_are(learn.dls, max(sizes[0], min(128, sizes[-1]))) as dl: # what has been validated fits; small ones take long
         for b in dl:
             learn._split(learn._set_device(b))
             size = items_of((learn.xb,learn.yb))
@@ -686,25 +688,34 @@ def summary(self:Study)->str:
     ends = f"{short_number(fit.lower)} to {short_number(fit.upper)}"
     return f"{what}; critical batch size {short_number(fit.critical)}, 95% interval {ends}"
 
-# %% ../nbs/13_study.ipynb #7a2c001d
+# %% ../nbs/13_study.ipynb #9c4eff5e
 def _job(get_learner, plan, threads, task):
     "A run in a process of its own; as many threads as in the parent, so that the numbers are the same"
     torch.set_num_threads(threads)
     return run(get_learner, plan, *task)
 
+def _say_where_they_are():
+    "Of fastai's exceptions, which say they were of another module, so that processes would each get a copy that nobody catches"
+    for k,o in vars(core).items():
+        if k.startswith('Cancel') and isinstance(o, type): o.__module__ = core.__name__
+
 def _side_by_side(call, todo, n_jobs):
     "Rows of runs in several processes; if the system kills one, which it does where memory runs out, the rest one by one"
+    _say_where_they_are()
     done = set()
     try:
         for row in Parallel(n_jobs=n_jobs, return_as='generator_unordered')(delayed(call)(o) for o in todo):
             done.add((row['bs'],row['lr'],row['seed']))
             yield row
-    except BrokenProcessPool:
+    except TerminatedWorkerError:
         for o in todo:
             if o[:3] in done: continue
             try: yield from Parallel(n_jobs=2)([delayed(call)(o)]) # one, but in a process of its own
-            except BrokenProcessPool: yield dict(
+            except TerminatedWorkerError: yield dict(
                 zip(('bs','lr','seed','most'), o), end='killed by the system', reached=False, diverged=False, steps=0, examples=0)
+    except BrokenProcessPool as e: raise ValueError(
+        f"`get_learner` has come to another process in pieces ({str(e.__cause__).strip(chr(10)+chr(34)).splitlines()[-1]}). "
+        "Write it, and what it uses, in a module that can be imported, or pass n_jobs=1") from e
 
 # %% ../nbs/13_study.ipynb #7a2c0065
 class _Engine:

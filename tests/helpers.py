@@ -1,5 +1,5 @@
 "Learners and searches that the tests share: real data from scikit-learn, a few hundred parameters, a second to train."
-import functools
+import functools, multiprocessing
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -14,6 +14,9 @@ from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, set_seed
 from fastai_bs_finder.all import *
 from fastai_bs_finder.finder import EndSearch
+
+forks = multiprocessing.get_context('forkserver')
+forks.set_forkserver_preload(['fastai_bs_finder.all','fastai.distributed']) # or each process would import for ten seconds
 
 # --- learners
 

@@ -1,8 +1,9 @@
-"Several processes that train one learner together: real ones, started with torchrun, on gloo."
-import math, os, pickle, subprocess, sys
+"Several processes that train one learner together: real ones, on gloo."
+import math, os, pickle, socket, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, psutil, pytest, torch
+from helpers import forks, loaders
 
 pytest.importorskip('accelerate')
 
@@ -10,19 +11,38 @@ here = Path(__file__).parent
 two_gpus = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')]
 on_each_device = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=two_gpus)])
 
-def run(name, path, n=2, device='cpu', seconds=240):
-    "What each of `n` processes says; all of them are ended, whatever happens. Of several names, a list of that for each"
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/'processes.py', name, path]
+def by_torchrun(names, path, n, device, seconds):
+    "As users start them; all of them are ended, whatever happens"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/'processes.py', names, path]
     env = os.environ | dict(ACCELERATE_USE_CPU='true' if device=='cpu' else 'false', PYTHONPATH=os.pathsep.join([str(here.parent), str(here)]), OMP_NUM_THREADS='1', MPLBACKEND='Agg')
     proc = psutil.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try: out,_ = proc.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired: pytest.fail(f'{name} took more than {seconds} s')
+    except subprocess.TimeoutExpired: pytest.fail(f'{names} took more than {seconds} s')
     finally:
         if proc.is_running(): # torchrun gives each process a session of its own
             for o in [*proc.children(recursive=True), proc]: o.kill()
     assert proc.returncode==0, out[-5000:]
-    res = [[pickle.loads((path/f'{o}_{i}.pkl').read_bytes()) for i in range(n)] for o in name.split(',')]
-    return res if ',' in name else res[0]
+
+def by_fork(names, path, n, seconds):
+    "Of a process that has imported everything already, which saves most of the time"
+    import processes
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    procs,end = [forks.Process(target=processes.start, args=(i,n,port,names,path)) for i in range(n)],time.time()+seconds
+    try:
+        for o in procs: o.start()
+        while any(o.exitcode is None for o in procs) and not any(o.exitcode for o in procs) and time.time() < end: time.sleep(.05)
+        assert all(o.exitcode==0 for o in procs), '\n'.join(o.read_text()[-5000:] for o in sorted(path.glob('printed_*')))
+    finally:
+        for o in procs: o.kill()
+
+def run(names, path, n=2, device='cpu', torchrun=False, seconds=240):
+    "What each of `n` processes says. Of several names, a list of that for each"
+    if torchrun or device!='cpu': by_torchrun(names, path, n, device, seconds)
+    else: by_fork(names, path, n, seconds)
+    res = [[pickle.loads((path/f'{o}_{i}.pkl').read_bytes()) for i in range(n)] for o in names.split(',')]
+    return res if ',' in names else res[0]
 
 @on_each_device
 def test_what_they_find(tmp_path, device):
@@ -58,7 +78,7 @@ def check_what_is_uneven(first, *others):
 @on_each_device
 def test_the_recipe(tmp_path, device):
     "A profile, a race, suggestions; a training afterwards is bit for bit that without them"
-    first,*others = run('recipe', tmp_path, device=device)
+    first,*others = run('recipe', tmp_path, device=device, torchrun=True)
     assert all(str(o)==str(first) for o in others) # nan==nan
     assert first['same'] and first['as_without']
     assert first['sizes'][0]==8 and first['sizes'][-1] <= 1437
@@ -114,3 +134,10 @@ def test_memory_and_nan_in_one_process(tmp_path):
     (stats,said),(others,quiet) = first['nan'],second['nan']
     assert stats==others and len(stats)==4 and all(map(math.isfinite, stats[-1][:2])) # those before it
     assert any('became NaN' in o for o in said) and not quiet
+
+def test_the_loader_can_be_sent_to_another_process():
+    "As it is to processes that load its batches, where they are not forked"
+    from fastai_bs_finder.distributed import shared_dl
+    dl = shared_dl(loaders().train)
+    again = pickle.loads(pickle.dumps(dl))
+    assert type(again) is type(dl) and again.dl.bs==64

@@ -70,7 +70,7 @@ def short(learn): return search(learn, num_it=4, n_batch=2)
 def profiled(learn): return learn.bs_profile(bss=[8], limit=.05, show_plot=False)
 
 @pytest.mark.parametrize('call', [short, profiled])
-@pytest.mark.parametrize('n', [40, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n, request):
     "It comes through afterwards, and all is as it was. With `--every-line` these are all lines, or else some of them"
     learn,counter = trained(tmp_path),Interrupt(codes_of(*own))

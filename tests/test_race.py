@@ -419,7 +419,7 @@ def test_a_row_for_each_training(recipe):
 def test_batches_of_a_recipe_can_be_counted(monkeypatch):
     "As many as asked for in all trainings together, in whole measurements"
     learn = make_learner()
-    learn.bs_find(num_it=63, seconds=8, show_plot=False)
+    learn.bs_find(num_it=63, seconds=5, show_plot=False)
     assert learn.recorder.n_iter==[10,20,30,40,50,60]
     fit = Races.fit # at a rate that chance has not chosen, it gets so sure
     monkeypatch.setattr(Races, 'fit', lambda self, bs, rate, *args, **kwargs: fit(self, bs, min(rate, 3e-3), *args, **kwargs))
