@@ -14,6 +14,15 @@ def tensor_dls(xs, ys, n_valid):
         items[:-n_valid], items[-n_valid:], bs=64, num_workers=0, shuffle=True, drop_last=True, device='cpu')
 
 def mnist_dls(data): return tensor_dls(*mnist_tensors(data), 3000)
+
+@functools.cache
+def mnist_part(data, n):
+    "The first `n` training images and all test images, in loaders"
+    d = np.load(need(data/'mnist.npz'))
+    def items(x, y): return list(zip((torch.tensor(x).float()/255-.1307)[:,None]/.3081, torch.tensor(y).long()))
+    train,test = items(d['x_train'][:n], d['y_train'][:n]),items(d['x_test'], d['y_test'])
+    return DataLoaders.from_dsets(train, test, bs=64, num_workers=0, shuffle=True, drop_last=True, device='cpu')
+
 def adult_dls(data):
     set_seed(0) # of the split, which `from_df` draws
     return adult(data).dls
@@ -100,7 +109,11 @@ tasks = {
     'CIFAR, Adam': Task(cifar_dls, small_resnet, 1.35, 4e-3, 2**np.arange(4, 11), 3e5, 2, [128], adam_peaks[1:4]),
     'Flights, Adam': Task(flights_dls, delay, .86, 1e-3, 2**np.arange(5, 13), 1e6, 1, 2**np.arange(6, 13), adam_peaks)}
 
-@functools.cache
-def loaders(task, data): return tasks[task].dls(data)
+momentum = 'MNIST, momentum' # beside the six
+more_tasks = tasks | {momentum: tasks['MNIST, SGD']._replace(
+    learner=partial(classifier, opt_func=partial(SGD, mom=.9)), lr=.02, peaks=sgd_peaks/8)}
 
-def learner(task, data, bs): return tasks[task].learner(loaders(task, data).with_bs(int(bs), val_bs=250))
+@functools.cache
+def loaders(task, data): return more_tasks[task].dls(data)
+
+def learner(task, data, bs): return more_tasks[task].learner(loaders(task, data).with_bs(int(bs), val_bs=250))

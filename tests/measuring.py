@@ -44,9 +44,9 @@ def learner(model=net, loss=None, items=None, bs=8, n_inp=1, drop_last=True, **k
 
 # --- what a search says
 
-def measure(learn, method='accumulate', num_it=320, n_batch=8, lr=1e-12, **kwargs):
+def measure(learn, method='accumulate', num_it=None, n_batch=8, lr=1e-12, **kwargs):
     "Search, by default at weights that stand still; check what holds for every search; noise and scale over all batches"
-    kwargs = dict(beta=1, n_batch=n_batch) | kwargs
+    kwargs,num_it = dict(beta=1, n_batch=n_batch) | kwargs,num_it or (160 if method=='split' else 320) # of as many micro-batches
     n_batch = kwargs['n_batch']
     before,opt,fs,cbs = weights(learn),learn.opt,learn.loss_func,list(learn.cbs)
     learn.bs_find(lr, num_it=num_it, method=method, show_plot=False, suggest_funcs=None, **kwargs)
