@@ -69,8 +69,7 @@ def test_regression(method):
     learn = learner(model, MSELossFlat(), [(x,y.float()) for x,y in digits()[:128]])
     assert_close(measure(learn, method, num_it=640), exact(learn))
 
-mixed = [(CrossEntropyLossFlat,'accumulate'), (CrossEntropyLossFlat,'split'), (LabelSmoothingCrossEntropy,'accumulate'),
-         (LabelSmoothingCrossEntropyFlat,'accumulate')]
+mixed = [(CrossEntropyLossFlat,'accumulate'), (CrossEntropyLossFlat,'split'), (LabelSmoothingCrossEntropyFlat,'accumulate')]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('loss,method', mixed, ids=lambda o: getattr(o, '__name__', o))
@@ -79,7 +78,7 @@ def test_mixed_examples(mix, loss, method):
     "Examples that are mixed with each other anew in each batch have the noise that a training with them has"
     bs = 8//pieces.get(method, 1) # examples are mixed within what goes through the model at once
     want = by_batches(learner(loss=loss(), cbs=mix(), bs=bs))
-    assert_close(measure(learner(loss=loss(), cbs=mix()), method, num_it=480), want)
+    assert_close(measure(learner(loss=loss(), cbs=mix()), method, num_it=480//(1+(method=='split'))), want)
     assert_far(want, exact(learner(loss=loss())), .05)
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix], ids=lambda o: o.__name__)
