@@ -32,10 +32,10 @@ def table(rows, index=None):
     for r in df.itertuples(index=False): print('| ' + ' | '.join(map(shown, r)) + ' |')
     print(flush=True)
 
-def mnist_tensors(path, n=None):
-    "Normalised images and labels of MNIST's training set"
+def mnist_tensors(path, n=None, part='train'):
+    "Normalised images and labels of MNIST's training set, or of its test set"
     d = np.load(need(path/'mnist.npz'))
-    x,y = torch.tensor(d['x_train'][:n]), torch.tensor(d['y_train'][:n]).long()
+    x,y = torch.tensor(d[f'x_{part}'][:n]), torch.tensor(d[f'y_{part}'][:n]).long()
     return x.float().div(255).sub(.1307).div(.3081)[:,None], y
 
 def image_learner(x, y, model, bs=64, **kwargs):

@@ -65,30 +65,20 @@ def sales(dls):
     top = float(dls.train_ds.items.log_sales.max())*1.2
     return tabular_learner(dls, layers=[1000,500], config=tabular_config(ps=[.001,.01], embed_p=.04, y_range=(0,top)))
 
-@functools.cache
-def get_dls(task, data): return (rossmann_dls if task=='rossmann' else flights_dls)(data)
-
-def new(task, data, seed, bs=64):
-    set_seed(seed)
-    learn = (sales if task=='rossmann' else delay)(get_dls(task, data).with_bs(bs, val_bs=1000)).remove_cb(ProgressCallback)
-    learn.dls.train.rng = random.Random(seed)
-    return learn
+flights,rossmann_sales = 'Flights, Adam','Rossmann, Adam'
+more_tasks[rossmann_sales] = more_tasks[flights]._replace(dls=rossmann_dls, learner=sales) # of a task these two are used here
 
 def plans(task, data, seed):
     "Batch size, epochs of a cycle and rate, by plan; and the seconds of the search"
-    learn = new(task, data, seed)
-    with tempfile.TemporaryDirectory() as tmp:
-        learn.path = Path(tmp)
-        valley = learn.lr_find(show_plot=False).valley
-    start = time.perf_counter()
+    at_64,learn,start = valley(task, data, seed)['valley'],new_learner(task, data, seed),time.perf_counter()
     sugg = learn.bs_find(epochs=1, show_plot=False)
     seconds = time.perf_counter()-start
-    return seconds,{"64, lr_find's valley": (64,1,valley), "64, the table's rate": (64,1,learn.recorder.bs_table().lr[64]),
+    return seconds,{"64, lr_find's valley": (64,1,at_64), "64, the table's rate": (64,1,learn.recorder.bs_table().lr[64]),
                     'as bs_find says': (sugg.fastest,sugg.epochs,sugg.lr)}
 
 def train(task, data, seed, bs, epochs, lr, cycles=3):
     "Losses after each cycle; seconds of training alone"
-    learn,seconds,rows = new(task, data, seed, int(bs)),0.,[]
+    learn,seconds,rows = new_learner(task, data, seed, int(bs)),0.,[]
     for cycle in range(1, cycles+1):
         start = time.perf_counter()
         with learn.no_logging(): learn.fit_one_cycle(epochs, lr)
@@ -118,7 +108,9 @@ def results(task):
     return res
 
 if __name__=='__main__':
-    p = parser(__doc__, data=True, task='flights', seeds=3)
+    p = parser(__doc__, data=True, seeds=3)
+    p.add_argument('--task', choices=['flights','rossmann'], default='flights', help='default: %(default)s')
     args = p.parse_args()
-    make(args.task, args.data, args.seeds)
-    table(results(args.task).reset_index().to_dict('records'))
+    task = dict(flights=flights, rossmann=rossmann_sales)[args.task]
+    make(task, args.data, args.seeds)
+    table(results(task).reset_index().to_dict('records'))

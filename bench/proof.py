@@ -58,6 +58,8 @@ def speed_of(dfs):
     rounds = pd.DataFrame([o.set_index('bs').step_time for o in dfs])
     return pd.Series(even_rounds(rounds.to_numpy())[0], rounds.columns)
 
+def kept_speed(task): return speed_of([Study.load(o).df for o in sorted(folder(task, '').glob('speed_*'))])
+
 def kept(name, task, n, make):
     "Rows of a table of results, `n` for each task; those that are missing are made by `make(i)`"
     path = RESULTS/f'{name}.csv'
@@ -68,9 +70,9 @@ def kept(name, task, n, make):
     df = pd.read_csv(path) # as it will be read the next time
     return df[df.task==task]
 
-def new_learner(task, data, seed):
+def new_learner(task, data, seed, bs=64):
     set_seed(seed)
-    learn = learner(task, data, 64).remove_cb(ProgressCallback)
+    learn = learner(task, data, bs).remove_cb(ProgressCallback)
     learn.dls.train.rng = random.Random(seed)
     return learn
 
@@ -84,7 +86,7 @@ def valley(task, data, seed):
 def recipe(task, data, seed):
     "What `bs_find` says, and how long it takes"
     learn,start = new_learner(task, data, seed),time.perf_counter()
-    sugg = learn.bs_find(epochs=tasks[task].epochs, show_plot=False)
+    sugg = learn.bs_find(epochs=more_tasks[task].epochs, show_plot=False)
     seconds,row,race = time.perf_counter()-start,learn.recorder.settled(),learn.recorder.race
     return dict(seed=seed, **sugg._asdict(), predicted=race.predicted, noise_scale=row.noise_scale, lower=row.lower,
                 upper=row.upper, lr_low=race.low, lr_high=race.high, racers=len(race.rows), seconds=seconds)
@@ -173,7 +175,7 @@ def report(task):
     def rows(name): return pd.read_csv(RESULTS/f'{name}.csv').set_index('task').loc[[task]]
     swept,trained = (Study.load(folder(task, o)) for o in ('sweep','followed'))
     done = {int(o.name.split('_')[1]): Study.load(o) for o in folder(task, '').glob('courses_*')}
-    step = speed_of([Study.load(o).df for o in sorted(folder(task, '').glob('speed_*'))])
+    step = kept_speed(task)
     recipes,lr_64,grid = rows('proof_recipe'),rows('proof_valley').valley.iloc[0],sweep_table(swept, step)
     return dict(
         swept=swept, grid=grid, recipes=recipes, to_target=to_target(task, grid, swept, step, recipes, lr_64, trained),

@@ -8,21 +8,12 @@ from proof import *
 from fastai_bs_finder.stats import regimes
 
 shown = ['MNIST, SGD', momentum, 'MNIST, Adam', 'CIFAR, Adam', 'Flights, Adam']
-FOUND = RESULTS/'regimes_recipe.csv'
 
 def sweep(task): return Study.load(folder(task, 'sweep'))
 
-def measured(data, n=3):
-    "The noise scale that `bs_find()` measures on learners with momentum, batches of 64 and other weights"
-    for seed in range(len(pd.read_csv(FOUND)) if FOUND.exists() else 0, n):
-        learn = new_learner(momentum, data, seed)
-        sugg = learn.bs_find(show_plot=False)
-        row = dict(task=momentum, seed=seed, **sugg._asdict(), noise_scale=learn.recorder.settled().noise_scale)
-        pd.DataFrame([row]).to_csv(FOUND, mode='a', header=not FOUND.exists(), index=False, float_format='%.6g')
-
 def noise_scale(task):
     "The median of what `bs_find()` has said"
-    df = pd.read_csv(FOUND if task==momentum else RESULTS/'proof_recipe.csv')
+    df = pd.read_csv(RESULTS/('regimes_recipe.csv' if task==momentum else 'proof_recipe.csv'))
     return df[df.task==task].noise_scale.median()
 
 def ends(regimes):
@@ -56,5 +47,5 @@ if __name__=='__main__':
     t = more_tasks[momentum]
     bs_study(partial(learner, momentum, args.data), t.bss, target=t.target, max_examples=t.max_examples, lr=t.lr, lr_bs=64,
              path=folder(momentum, 'sweep'), n_seeds=args.seeds, n_jobs=args.jobs)
-    measured(args.data)
+    kept('regimes_recipe', momentum, 3, partial(recipe, momentum, args.data))
     table([row(o) for o in shown])

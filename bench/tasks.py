@@ -18,9 +18,7 @@ def mnist_dls(data): return tensor_dls(*mnist_tensors(data), 3000)
 @functools.cache
 def mnist_part(data, n):
     "The first `n` training images and all test images, in loaders"
-    d = np.load(need(data/'mnist.npz'))
-    def items(x, y): return list(zip((torch.tensor(x).float()/255-.1307)[:,None]/.3081, torch.tensor(y).long()))
-    train,test = items(d['x_train'][:n], d['y_train'][:n]),items(d['x_test'], d['y_test'])
+    train,test = list(zip(*mnist_tensors(data, n))),list(zip(*mnist_tensors(data, part='test')))
     return DataLoaders.from_dsets(train, test, bs=64, num_workers=0, shuffle=True, drop_last=True, device='cpu')
 
 def adult_dls(data):

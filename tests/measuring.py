@@ -44,9 +44,13 @@ def learner(model=net, loss=None, items=None, bs=8, n_inp=1, drop_last=True, **k
 
 # --- what a search says
 
+def enough(method, n=320):
+    "Batches; of those that are cut half as many are as precise"
+    return n//2 if method=='split' else n
+
 def measure(learn, method='accumulate', num_it=None, n_batch=8, lr=1e-12, **kwargs):
     "Search, by default at weights that stand still; check what holds for every search; noise and scale over all batches"
-    kwargs,num_it = dict(beta=1, n_batch=n_batch) | kwargs,num_it or (160 if method=='split' else 320) # of as many micro-batches
+    kwargs,num_it = dict(beta=1, n_batch=n_batch) | kwargs,num_it or enough(method)
     n_batch = kwargs['n_batch']
     before,opt,fs,cbs = weights(learn),learn.opt,learn.loss_func,list(learn.cbs)
     learn.bs_find(lr, num_it=num_it, method=method, show_plot=False, suggest_funcs=None, **kwargs)

@@ -50,8 +50,7 @@ def test_rossmann_is_joined(entities, rossmann):
 
 def test_rossmann_can_be_trained(entities, rossmann):
     "The last six weeks are for validation; gaps are filled"
-    entities.get_dls.cache_clear()
-    learn = entities.new('rossmann', rossmann, 0, bs=16)
+    learn = entities.new_learner(entities.rossmann_sales, rossmann, 0, bs=16)
     items = learn.dls.valid_ds.items
     assert len(items)==2*42-6 and learn.dls.train.bs==16
     with learn.no_logging(): learn.fit_one_cycle(1, 1e-3)

@@ -9,7 +9,7 @@ from torch import nn, Tensor, tensor
 from torch.nn import functional as F
 from helpers import digits, plain_learner, search
 from measuring import (
-    assert_close, assert_far, by_batches, drowned_is_fine, each_method, exact, learner, measure, pieces, stats)
+    assert_close, assert_far, by_batches, drowned_is_fine, each_method, enough, exact, learner, measure, pieces, stats)
 
 pytestmark = drowned_is_fine
 
@@ -78,7 +78,7 @@ def test_mixed_examples(mix, loss, method):
     "Examples that are mixed with each other anew in each batch have the noise that a training with them has"
     bs = 8//pieces.get(method, 1) # examples are mixed within what goes through the model at once
     want = by_batches(learner(loss=loss(), cbs=mix(), bs=bs))
-    assert_close(measure(learner(loss=loss(), cbs=mix()), method, num_it=480//(1+(method=='split'))), want)
+    assert_close(measure(learner(loss=loss(), cbs=mix()), method, num_it=enough(method, 480)), want)
     assert_far(want, exact(learner(loss=loss())), .05)
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix], ids=lambda o: o.__name__)
