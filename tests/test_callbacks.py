@@ -79,9 +79,8 @@ trackers = dict(save=(SaveModelCallback, saved),
     stop=(partial(EarlyStoppingCallback, **hopeless), stopped), reduce=(partial(ReduceLROnPlateau, **hopeless), reduced),
     csv=(CSVLogger, logged))
 
-@pytest.mark.parametrize('first', ['search','fit'])
+@pytest.mark.parametrize('first,method', [('search','accumulate'), ('search','split'), ('fit','accumulate')])
 @pytest.mark.parametrize('nm', trackers)
-@each_method
 def test_callbacks_that_write_or_stop(nm, first, tmp_path, method, capsys):
     "In a search of several epochs they write nothing, stop nothing and change no measurement; in a training they do"
     cb,done = trackers[nm]

@@ -70,11 +70,10 @@ def short(learn): return search(learn, num_it=4, n_batch=2)
 def profiled(learn): return learn.bs_profile(bss=[8], limit=.05, show_plot=False)
 
 @pytest.mark.parametrize('call', [short, profiled])
-@pytest.mark.parametrize('n', [20, pytest.param(60, marks=pytest.mark.slow)])
-def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, n, request):
+def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, request):
     "It comes through afterwards, and all is as it was. With `--every-line` these are all lines, or else some of them"
     learn,counter = trained(tmp_path),Interrupt(codes_of(*own))
-    n = 10**9 if request.config.getoption('--every-line') else n
+    n = 10**9 if request.config.getoption('--every-line') else 30
     before = everything(learn)
     with counter: call(learn)
     lines = lines_to_try(counter.n, n)

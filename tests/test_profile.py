@@ -33,9 +33,10 @@ errors = dict(
     cublas=RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
     python=MemoryError('Unable to allocate'))
 
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step'])
-@pytest.mark.parametrize('bs', [16,256,1024])
-def test_out_of_memory(learn, event, bs):
+events = 'before_batch','after_pred','after_loss','before_backward','after_backward','before_step'
+
+@pytest.mark.parametrize('bs,event', [*((16,o) for o in events), (256,'before_step'), (1024,'after_loss')])
+def test_out_of_memory(learn, bs, event):
     "Wherever in a step: the size does not fit, the smaller ones do, nothing is said of larger ones"
     learn.add_cb(Full(bs, event, errors['cuda']))
     stats = quick(learn)
