@@ -303,7 +303,7 @@ def hessian_max(
         res,v = float(sum((a*b).sum() for a,b in zip(v, hv))),hv
     return res
 
-# %% ../nbs/13_study.ipynb #7a2c0036
+# %% ../nbs/13_study.ipynb #9cdb84ff
 _most = 100_000_000 # numbers in the directions of `sharpness`
 
 def sharpness(
@@ -333,8 +333,12 @@ def sharpness(
         return -f, -(g if a is None else g@a)
     with torch.no_grad(): before = [p.detach().clone() for p in ps]
     try:
-        f = -minus(at)[0]
-        most = -minimize(minus, at, jac=True, method='L-BFGS-B', bounds=list(zip(-bound, bound)), options=dict(maxiter=10)).fun
+        f,g = minus(at)
+        top = np.abs(g).max()
+        times = max(1, bound.max()/top) if top else 1 # the first step is as long as the gradient, and may be far too short
+        def more(z): return tuple(times*o for o in minus(z))
+        bounds,options = list(zip(-bound, bound)),dict(maxiter=10, ftol=0, gtol=0)
+        f,most = -f,-minimize(more, at, jac=True, method='L-BFGS-B', bounds=bounds, options=options).fun/times
     finally:
         with torch.no_grad():
             for p,o in zip(ps, before): p.copy_(o)
