@@ -59,7 +59,7 @@ def still(learn, method, **kwargs):
     learn.bs_find(1e-12, **dict(beta=1, show_plot=False, suggest_funcs=None, method=method, num_it=80, n_batch=8) | kwargs)
     return learn.recorder.bs_find_stats.iloc[-1].tolist()
 
-def exactness(n_seeds=6, stepping=True):
+def exactness(n_seeds=6):
     "The interval of several processes, and of one with as many examples, beside the exact value"
     def make(seed):
         learn = learner(bs=4)
@@ -71,12 +71,12 @@ def exactness(n_seeds=6, stepping=True):
         learn = make(seed)
         with distrib(learn):
             res['several'].append(still(learn, 'accumulate'))
-            if stepping: res['stepping'].append(still(learn, 'distributed'))
+            res['stepping'].append(still(learn, 'distributed'))
     share = [still(make(seed), 'accumulate', n_batch=8*n_procs, num_it=80*n_procs) for seed in range(rank, n_seeds, n_procs)]
     dist.all_gather_object(shares := [None]*n_procs, share)
     return res | dict(one=sum(shares, []))
 
-def exactness_of_four(): return exactness(3, stepping=False)
+def exactness_of_four(): return exactness(3)
 
 def uneven():
     "Last batches that are shorter, and a dataset that does not divide; a loss that adds up; accumulation"
@@ -165,8 +165,7 @@ def company():
         learn = make()
         with distrib(learn):
             before = weights(learn)
-            for method in ('accumulate','distributed') if name=='hook' else ('accumulate',):
-                res[name,method] = still(learn, method, num_it=160)[:2],same(before, weights(learn))
+            for method in ('accumulate','distributed'): res[name,method] = still(learn, method, num_it=160)[:2],same(before, weights(learn))
         learn = make()
         res[name] = still(learn, 'accumulate', num_it=320)[:2]
     return res
@@ -198,7 +197,7 @@ def failing(cb, call=None):
 
 events = 'before_fit before_train before_batch after_loss after_backward before_step after_batch after_cancel_fit after_fit'.split()
 
-def some_faults(events=('after_backward',)):
+def some_faults(events=('before_batch','after_backward')):
     "One process fails at each event; afterwards all can go on"
     distributed._soon = .1
     res = {e: failing(Fails(e, ValueError(f'boom in {e}'))) for e in events}

@@ -73,7 +73,7 @@ def profiled(learn): return learn.bs_profile(bss=[8], limit=.05, show_plot=False
 def test_interrupt_at_each_line_of_saving_and_restoring(tmp_path, call, request):
     "It comes through afterwards, and all is as it was. With `--every-line` these are all lines, or else some of them"
     learn,counter = trained(tmp_path),Interrupt(codes_of(*own))
-    n = 10**9 if request.config.getoption('--every-line') else 30
+    n = 10**9 if request.config.getoption('--every-line') else 60
     before = everything(learn)
     with counter: call(learn)
     lines = lines_to_try(counter.n, n)

@@ -27,10 +27,11 @@ sums = dict(
 @pytest.mark.parametrize('nm', sums)
 @each_method
 def test_sum_over_the_batch(nm, n, method):
-    "A loss that is summed has the noise scale of the mean, also where the last batch is smaller"
+    "A loss that is summed has the noise, the scale and the noise scale of the mean, also where the last batch is smaller"
     kwargs = dict(items=digits()[:n], drop_last=False)
     mean,sum_ = learner(**kwargs),learner(loss=sums[nm](), **kwargs)
-    pd.testing.assert_series_equal(stats(mean, method).noise_scale, stats(sum_, method).noise_scale, rtol=1e-3)
+    columns = ['noise','scale','noise_scale']
+    pd.testing.assert_frame_equal(stats(mean, method)[columns], stats(sum_, method)[columns], rtol=1e-3)
 
 @pytest.mark.slow
 @each_method
