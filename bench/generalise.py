@@ -63,9 +63,10 @@ def load(name):
     df = Study.load(FOLDER/name).df
     return df.assign(study=name, accuracy=100*df.accuracy, best_accuracy=100*df.best_accuracy, epochs=df.examples/n_train)
 
+def spread(o): return f'{o.mean():.4g} ± {o.std():.2g}'
+
 def results(names=names):
     "A row for each study and rate: means over the seeds, with their standard deviations"
-    def spread(o): return f'{o.mean():.4g} ± {o.std():.2g}'
     return pd.concat(map(load, names)).groupby(['study','lr'], sort=False)[
         ['epochs','steps','accuracy','best_accuracy','train_loss','sharpness','hessian_max','distance']].agg(spread)
 
