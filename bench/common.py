@@ -44,8 +44,12 @@ def image_learner(x, y, model, bs=64, **kwargs):
     dls = DataLoaders.from_dsets(ds, ds[:bs], bs=bs, num_workers=0, shuffle=True, drop_last=True, device='cpu')
     return Learner(dls, model, CrossEntropyLossFlat(), **kwargs)
 
+def spread(o, digits='.4g', digits_std='.2g'):
+    "Mean and standard deviation"
+    return f'{o.mean():{digits}} ± {o.std():{digits_std}}'
+
 def small_convnet():
-    "5,000 parameters, no batch norm: its per-example gradients can be computed exactly"
+    "6,300 parameters, no batch norm: its per-example gradients can be computed exactly"
     return nn.Sequential(nn.Conv2d(1,8,5,stride=2,padding=2), nn.ReLU(), nn.Conv2d(8,16,3,stride=2,padding=1), nn.ReLU(),
         nn.Conv2d(16,16,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256,10))
 

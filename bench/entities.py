@@ -3,11 +3,12 @@
 An article on batch sizes (2019) has reported of the Rossmann sales that batches of 512 instead of 64 took a quarter of the time
 and ended with a lower loss. Here it is tried on the arrival delays of `flights.csv.zip`; and on Rossmann with `--task rossmann`
 by those who have the files of the fastai course in the folder: train, store, store_states, state_names, googletrend and
-weather, each `.csv`.
+weather, each `.csv`. (Of the course's columns those are left out that count the days to and from holidays and promotions, and
+how many there are in the weeks around.)
 
 Batches of 64 train with the `valley` of `lr_find` and with the rate of `bs_find`'s table, three cycles of an epoch each; the third
 plan is `bs_find(epochs=1)`: its batch size, rate and epochs, three cycles likewise. Three seeds; let nothing else run beside it. All
-is kept in `results/entities.csv`; a quarter of an hour for the flights."""
+is kept in `results/entities.csv`; half an hour for the flights."""
 from proof import *
 from fastai.tabular.all import tabular_config
 
@@ -100,10 +101,9 @@ def results(task):
     "After each cycle, means over the seeds with their standard deviations, and the time as a part of that of the first plan"
     df = pd.read_csv(RUNS).query('task==@task')
     first = df[df.plan.str.contains('valley')].groupby('cycle').seconds.mean()
-    def spread(o): return f'{o.mean():.4f} ± {o.std():.4f}'
     res = df.groupby(['plan','cycle'], sort=False).agg(
         bs=('bs', lambda o: ', '.join(map(str, sorted(set(o))))), seconds=('seconds','mean'),
-        train_loss=('train_loss',spread), valid_loss=('valid_loss',spread))
+        **{o: (o,partial(spread, digits='.4f', digits_std='.4f')) for o in ('train_loss','valid_loss')})
     res.insert(2, 'time', res.seconds/first.reindex(res.index, level='cycle'))
     return res
 

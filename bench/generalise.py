@@ -63,8 +63,6 @@ def load(name):
     df = Study.load(FOLDER/name).df
     return df.assign(study=name, accuracy=100*df.accuracy, best_accuracy=100*df.best_accuracy, epochs=df.examples/n_train)
 
-def spread(o): return f'{o.mean():.4g} ± {o.std():.2g}'
-
 def results(names=names):
     "A row for each study and rate: means over the seeds, with their standard deviations"
     return pd.concat(map(load, names)).groupby(['study','lr'], sort=False)[
