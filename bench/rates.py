@@ -2,8 +2,8 @@
 and with Adam; the rate is flat and falls in the last quarter (`fit_flat_cos`).
 
 `base`: the best rate at 32, of factors of two. `flat`: for a size that is k times as large, that rate times powers of k, with
-exponents of 0 (constant), 1/4, 1/2 (square root), 3/4, 1 (linear) and 5/4; CIFAR, which takes eight times as long, has every
-other one, and only the sizes of 512 and 4,096. `gradual` and `held`: the linear rule, with a first epoch in which the rate rises
+exponents of 0 (constant), 1/4, 1/2 (square root), 3/4, 1 (linear) and 5/4; CIFAR, which takes eight times as long, does
+without 1/4, 3/4 and the sizes of 128 and 2,048. `gradual` and `held`: the linear rule, with a first epoch in which the rate rises
 to it, or in which it is that of 32 (arXiv 1706.02677). `said`: the noise rule and 0.7 of what `lr_race` says for each size, the
 median of three; both are kept in `results/rates_said.csv`. `half_life`: Adam whose β2 forgets by examples and not by steps
 (arXiv 2507.07101). `layers`: fastai's Larc or Lamb at 4,096.
@@ -15,7 +15,7 @@ from fastai.optimizer import Lamb, Larc
 
 bs_0,epochs,constant = 32,3,.7
 sizes = dict(mnist=[128,512,2048,4096], cifar=[512,4096])
-exponents = dict(mnist=np.arange(6)/4, cifar=np.arange(3)/2)
+exponents = dict(mnist=np.arange(6)/4, cifar=np.array([0,.5,1,1.25]))
 first = dict(mnist_momentum=.005*2.**np.arange(5), mnist_adam=2.5e-4*2.**np.arange(6), cifar_momentum=.02*2.**np.arange(5),
              cifar_adam=1e-3*2.**np.arange(5)) # rates that are tried at 32
 layerwise = dict(momentum=('larc',.02*4.**np.arange(5)), adam=('lamb',1e-3*4.**np.arange(5)))
