@@ -121,7 +121,7 @@ def lost(name, opt):
 
 if __name__=='__main__':
     p = parser(__doc__, data=True, seeds=3, jobs=1)
-    p.add_argument('--only', nargs='+', default=list(first), help=f'default: {" ".join(first)}')
+    p.add_argument('--only', nargs='+', choices=list(first), default=list(first), help=f'default: {" ".join(first)}')
     args = p.parse_args()
     torch.set_num_threads(1)
     for o in args.only:

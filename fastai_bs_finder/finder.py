@@ -362,7 +362,7 @@ class EndSearch(Callback):
         done = done or (look and self.procs.anywhere(time.perf_counter()-self.start > self.seconds))
         if finder.search.ended_by_tol or finder.broke or done: raise CancelFitException()
 
-# %% ../nbs/11_finder.ipynb #06dfe25f
+# %% ../nbs/11_finder.ipynb #17cf247a
 def _result_type(funcs, *more):
     "Named tuple with a field for each suggestion function, and for what else is returned"
     for f in funcs:
@@ -377,7 +377,6 @@ def _result_type(funcs, *more):
 def _check_search(learn, finder, bs, num_it, wd):
     "Refuse what can't be searched"
     check_learner(learn)
-    if bs is not None and not is_whole(bs): raise ValueError(f"bs must be a whole number, got {bs!r}")
     if wd is not None and not (is_number(wd) and wd >= 0): raise ValueError(f"wd must be a number, at least 0, got {wd!r}")
     dl,n_batch = learn.dls.train,finder.n_batch
     check_loader(dl, bs)
@@ -566,7 +565,7 @@ def _at_rest(learn, end, races, n_steps, seconds, bs, wd):
     finally:
         if res: finder.search,finder.loss_facts,finder.broke = res,facts,False
 
-# %% ../nbs/11_finder.ipynb #b27c19c3
+# %% ../nbs/11_finder.ipynb #58635dd6
 def _recipe(learn, rec, end, bs, wd, seconds, wanted):
     "Race rates, measure at the best, race batch sizes"
     start,finder,procs = time.perf_counter(),end.finder,processes_of(learn)
@@ -575,8 +574,8 @@ def _recipe(learn, rec, end, bs, wd, seconds, wanted):
     race = races.race
     try:
         if race.lr is None: raise ValueError(
-            f"no learning rate got through the race: {race.ended or 'all of them diverged'}. Give one, as `learn.bs_find(lr)`, "
-            "or more `seconds`")
+            f"no learning rate got through the race: {race.ended or 'all of them diverged'}. "
+            "Look at the loss with `learn.fit`, or try more `seconds` or a rate of yours, as `learn.bs_find(lr)`")
         _at_rest(learn, end, races, n, min(_shares['search']*seconds, races.left()), bs, wd)
         if not finder.search.noise: return
         race.search = finder.search

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['n_items', 'batch_size', 'bs_here', 'check_loader', 'whole_batches', 'micro_batches']
 
-# %% ../nbs/04_loaders.ipynb #65e9ee93
+# %% ../nbs/04_loaders.ipynb #712db907
 import math, time
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader as TorchDL, IterableDataset
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from .state import saved_random_state
+from .stats import is_whole
 
 # %% ../nbs/04_loaders.ipynb #22754430
 def _whole(dl): return getattr(dl, '__dict__', {}).get('whole', dl) # what wrappers wrap
@@ -64,7 +65,7 @@ def batch_size(
     if bs or not n: return (min(bs, n) if n else bs) or None
     return max(1, round(n/max(1, len(dl))))
 
-# %% ../nbs/04_loaders.ipynb #22754431
+# %% ../nbs/04_loaders.ipynb #b680017c
 def bs_here(
     dl # Any loader
 )->int: # None where the loader can't tell
@@ -83,6 +84,7 @@ def check_loader(
         "the training loader has no length, so fastai can't train on it. "
         "Tell it how many items there are: `DataLoader(dataset, bs=64, n=10_000)`") from None
     n,k = n_items(dl),n_sharing(dl)
+    if bs is not None and not is_whole(bs): raise ValueError(f"bs must be a whole number, got {bs!r}")
     if bs is not None and isinstance(dl, DataLoader) and dl.bs is None: raise ValueError(_ready_made)
     if bs is not None and bs%k: raise ValueError(
         f"bs must be a multiple of the {k} processes that train together, got {bs}: it is the batch of a step, of which each "

@@ -82,7 +82,7 @@ def n_tokens(
     if not (isinstance(pred, Tensor) and isinstance(y, Tensor)): return
     if pred.ndim==3 and y.ndim==2 and pred.shape[:2]==y.shape and not y.is_floating_point(): return y.shape[1]
 
-# %% ../nbs/05_losses.ipynb #1812cac5
+# %% ../nbs/05_losses.ipynb #c4d2540d
 class LossFacts:
     "What is found out about the loss of a training"
     def __init__(self,
@@ -121,4 +121,4 @@ class LossFacts:
         if not (math.isfinite(self.last) and self.last > 2*abs(self.first)): return
         if self.first <= 0: return "The loss grew during the search: lower the learning rate"
         return (f"The loss grew {self.last/self.first:,.1f} times during the search, so this is the noise scale of a training "
-                "that diverges. Lower the learning rate: `learn.lr_find()` suggests one")
+                "that diverges. Lower the learning rate: `learn.lr_race().lr` suggests one")

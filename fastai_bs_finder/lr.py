@@ -129,7 +129,7 @@ def is_adaptive(
         except Exception: pass
     return _by_hypers(opt)
 
-# %% ../nbs/09_lr.ipynb #561674ac
+# %% ../nbs/09_lr.ipynb #4a9eda4d
 def _plain(o): return o.item() if hasattr(o, 'item') and np.ndim(o)==0 else o
 
 def as_lr(
@@ -145,7 +145,7 @@ def as_lr(
     parts = [_plain(o) for o in parts]
     ok = [is_number(o) and 0 < o < math.inf for o in parts if o is not None or not isinstance(lr, slice)]
     if not ok or not all(ok) or (isinstance(lr, slice) and lr.stop is None): raise ValueError(
-        f"lr must be positive and finite, got {lr!r}. `learn.lr_find()` suggests one")
+        f"lr must be positive and finite, got {lr!r}. `learn.lr_race(lr=1e-3).lr` suggests one")
     if is_list and n_groups and len(parts) not in (1,n_groups): raise ValueError(
         f"lr has {len(parts)} learning rates, and the optimizer has {n_groups} groups of parameters: pass one for each, "
         "or a slice, which spreads over them")
@@ -453,7 +453,7 @@ def train(self:Races, bs, rate, n_steps)->Racer: # None: memory was used up
             "`learn.bs_profile()` says which sizes fit") from e
     give_back(device_of(self.learn))
 
-# %% ../nbs/09_lr.ipynb #d52c1036
+# %% ../nbs/09_lr.ipynb #33910fa0
 @patch
 def _time(self:Races, bs, racer):
     start,first,last = racer.times[0],racer.times[min(1, len(racer.times)-1)],racer.times[-1]
@@ -474,7 +474,7 @@ def run(self:Races,
     "Run a racer, and record it"
     if rate in self.race.scores(bs, n_steps): return True
     def over():
-        self.race.ended = f"after {self.seconds:.0f} s the time was over"
+        self.race.ended = f"after {max(self.seconds, 0):.0f} s the time was over"
         return False
     if bs in self.took and self.expected(bs, n_steps) > self.left(): return over()
     racer = self.train(bs, rate, n_steps)

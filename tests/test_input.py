@@ -30,13 +30,13 @@ def refused(learn, match, exc=ValueError, **kwargs):
     np.array([1e-3,0.]), tensor(-1.)], ids=str)
 def test_lr(learn, lr):
     "A learning rate that is not positive and finite, also within a slice or a list"
-    refused(learn, 'lr must be positive and finite.*lr_find', lr=lr)
+    refused(learn, 'lr must be positive and finite.*lr_race', lr=lr)
 
 def test_default_lr(learn):
     "Without one, rates race from the learner's own on"
     assert search(learn, lr=None, seconds=20).lr > 0 and learn.recorder.race.lr
     learn.lr = math.nan
-    with pytest.raises(ValueError, match='lr must be positive and finite.*lr_find'): search(learn, lr=None)
+    with pytest.raises(ValueError, match='lr must be positive and finite.*lr_race'): search(learn, lr=None)
 
 @pytest.mark.parametrize('n_batch', [1,0,-3])
 def test_n_batch(learn, n_batch):

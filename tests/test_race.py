@@ -294,7 +294,7 @@ def test_diverging_and_broken_losses(tmp_path):
     learn.loss_func = lambda p,y: CrossEntropyLossFlat()(p, y)*math.nan
     before = state_of(learn)
     with pytest.raises(ValueError, match='no learning rate got through'): learn.lr_race(seconds=5, show_plot=False)
-    with pytest.raises(ValueError, match='no learning rate got through the race'): learn.bs_find(seconds=5, show_plot=False)
+    with pytest.raises(ValueError, match='got through the race: .*Look at the loss'): learn.bs_find(seconds=5, show_plot=False)
     assert same(before['weights'], state_of(learn)['weights'])
 
 def test_fast_learners_have_not_diverged():
@@ -369,12 +369,18 @@ def test_time_limit(tmp_path):
     assert time.perf_counter()-start < 12 # other tests run beside it
     assert learn.recorder.lr_race_stats.n_steps.max() < 88
     with pytest.raises(ValueError, match='the time was over'): learn.lr_race(seconds=.01, show_plot=False)
+    with pytest.raises(ValueError, match='after 0 s the time was over'): learn.bs_find(seconds=.01, show_plot=False)
 
 @pytest.mark.parametrize('seconds', [0, -1, math.inf, math.nan, '9', None, True])
 def test_refuses_seconds(tmp_path, seconds):
     learn = make_learner(tmp_path)
     for f in (learn.lr_race, learn.bs_find):
         with pytest.raises(ValueError, match='seconds must be a positive, finite number'): f(seconds=seconds, show_plot=False)
+
+@pytest.mark.parametrize('bs', ['a', 2.5, math.nan, [1e-3], slice(1e-3), True], ids=str)
+def test_refuses_what_is_no_batch_size(tmp_path, bs):
+    "The first argument of a race is a batch size, and not a learning rate as in a search"
+    with pytest.raises(ValueError, match='bs must be a whole number'): make_learner(tmp_path).lr_race(bs, show_plot=False)
 
 def test_says_where_it_is_not_sure(tmp_path):
     "A model that can't learn: all rates do as well"
