@@ -7,8 +7,8 @@ weather, each `.csv`. (Of the course's columns those are left out that count the
 how many there are in the weeks around.)
 
 Batches of 64 train with the `valley` of `lr_find` and with the rate of `bs_find`'s table, three cycles of an epoch each; the third
-plan is `bs_find(epochs=1)`: its batch size, rate and epochs, three cycles likewise. Three seeds; let nothing else run beside it. All
-is kept in `results/entities.csv`; half an hour for the flights."""
+plan is `bs_find(epochs=1)`: its batch size, rate and epochs, three cycles likewise. Five seeds; let nothing else run beside it. All
+is kept in `results/entities.csv`; an hour for the flights."""
 from proof import *
 from fastai.tabular.all import tabular_config
 
@@ -108,7 +108,7 @@ def results(task):
     return res
 
 if __name__=='__main__':
-    p = parser(__doc__, data=True, seeds=3)
+    p = parser(__doc__, data=True, seeds=5)
     p.add_argument('--task', choices=['flights','rossmann'], default='flights', help='default: %(default)s')
     args = p.parse_args()
     task = dict(flights=flights, rossmann=rossmann_sales)[args.task]
