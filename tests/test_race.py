@@ -294,7 +294,8 @@ def test_diverging_and_broken_losses(tmp_path):
     learn.loss_func = lambda p,y: CrossEntropyLossFlat()(p, y)*math.nan
     before = state_of(learn)
     with pytest.raises(ValueError, match='no learning rate got through'): learn.lr_race(seconds=5, show_plot=False)
-    with pytest.raises(ValueError, match='got through the race: .*Look at the loss'): learn.bs_find(seconds=5, show_plot=False)
+    with pytest.raises(ValueError, match='no learning rate got through the race: .*Look at the loss'):
+        learn.bs_find(seconds=5, show_plot=False)
     assert same(before['weights'], state_of(learn)['weights'])
 
 def test_fast_learners_have_not_diverged():
